@@ -169,7 +169,11 @@ class RunFailedError(RaylaunchError):
     def __str__(self) -> str:
         lines = [self.message]
         if self.root_cause is not None and self.root_cause.ending.traceback:
-            lines += ["", f"Remote traceback of rank {self.root_cause.rank}:", self.root_cause.ending.traceback.rstrip()]
+            lines += [
+                "",
+                f"Remote traceback of rank {self.root_cause.rank}:",
+                self.root_cause.ending.traceback.rstrip(),
+            ]
         if self.journal:
             lines += ["", f"journal: {self.journal}"]
         return "\n".join(lines)

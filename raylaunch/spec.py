@@ -160,7 +160,9 @@ def make_spec(
     chosen = _backend(backend, use_gpu)
     _check_gpus(resources.get("GPU", 0.0), chosen, virtual_local_rank)
     if placement_strategy not in PLACEMENT_STRATEGIES:
-        raise ConfigError(f"placement_strategy={placement_strategy!r}: must be one of {', '.join(PLACEMENT_STRATEGIES)}")
+        raise ConfigError(
+            f"placement_strategy={placement_strategy!r}: must be one of {', '.join(PLACEMENT_STRATEGIES)}"
+        )
     if timeouts is not None and not isinstance(timeouts, Timeouts):
         raise ConfigError(f"timeouts={timeouts!r}: must be a raylaunch.Timeouts")
     if not _is_int(max_restarts) or max_restarts < -1:
@@ -234,7 +236,9 @@ def _backend(backend: Any, use_gpu: bool) -> str | None:
     parts = [part.rpartition(":")[2] for part in backend.split(",")] if isinstance(backend, str) else [""]
     if not all(part in BACKENDS for part in parts):
         allowed = ", ".join(repr(name) for name in ("auto", *BACKENDS))
-        raise ConfigError(f"backend={backend!r}: must be one of {allowed}, a list such as 'cpu:gloo,cuda:nccl', or None")
+        raise ConfigError(
+            f"backend={backend!r}: must be one of {allowed}, a list such as 'cpu:gloo,cuda:nccl', or None"
+        )
     if "nccl" in parts and not use_gpu:
         raise ConfigError(f"backend={backend!r}: nccl needs use_gpu=True; on CPUs use 'gloo'")
     return str(backend)

@@ -21,13 +21,14 @@ class RequestBundles(Command):
     """Ask Ray for a placement group of `bundles` bundles. Answers: `BundlesPlaced` or `BundlesLost`.
 
     `minimum`: this is the group that holds the minimum, all or nothing; otherwise it is one unit of growth, to be kept
-    off `avoid_nodes` (with workers_per_node, nodes that the run occupies).
+    off `avoid_nodes` (with workers_per_node, nodes that the run occupies) and, if any are named, on `only_nodes`.
     """
 
     group: int
     bundles: int
     minimum: bool
     avoid_nodes: tuple[str, ...] = ()
+    only_nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +135,11 @@ class Level(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Tell(Command):
-    """A sentence for the user."""
+    """A sentence for the user. `shortage`: the shell adds what the cluster has and what it lacks."""
 
     text: str
     level: Level = Level.INFO
+    shortage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class Finish(Command):
     outcome: Outcome
     reason: str
     root_cause: Failure | None = None
-    #: Every failure of the last generation.
+    #: Every failure that came with the root cause.
     failures: tuple[Failure, ...] = ()
     #: The worker whose failure is the root cause, so that the shell can find the exception itself; 0: none.
     culprit: int = 0

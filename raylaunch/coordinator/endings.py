@@ -1,0 +1,257 @@
+"""How workers, generations and runs end, and what is prepared next.
+
+The first failure of any kind ends the whole generation at once: its members are fenced and killed, and the next
+rendezvous begins without waiting for them to be gone. Why it ended is settled meanwhile (`rootcause.py`). A worker
+without a rank that ends is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raylaunch.coordinator import rendezvous, rootcause
+from raylaunch.coordinator.commands import CallRoll, Finish, Level, Outcome, Recovery
+from raylaunch.coordinator.phase import Phase
+from raylaunch.coordinator.roster import Worker, WorkerState
+from raylaunch.errors import Ending, EndKind, Failure
+
+if TYPE_CHECKING:
+    from raylaunch.coordinator.machine import Coordinator
+
+#: How long a spare may take to answer a roll call, in seconds (live ones took 40 ms at most).
+ROLL_CALL_SECONDS = 0.15
+#: Pause before a failed start is repeated: doubles from the first to the second of these, in seconds.
+RETRY_SECONDS = (0.25, 5.0)
+#: While training goes on, a seat whose spare fails to start this often is left without one until the next generation.
+MAX_FAILED_STARTS = 5
+
+PHASE_WORDS = {
+    WorkerState.STARTING: "starting",
+    WorkerState.WARMING: "starting",
+    WorkerState.JOINING: "forming",
+    WorkerState.RUNNING: "running",
+    WorkerState.RETURNED: "its value was fetched",
+}
+
+
+def live_workers(c: Coordinator) -> list[Worker]:
+    """The workers of the live generation, by rank."""
+    return [c.roster.workers[c.members[rank]] for rank in range(c.world_size) if c.members]
+
+
+def end_generation(c: Coordinator) -> None:
+    """Fence the live generation and kill all of it. Nothing that it sends is accepted from here on."""
+    members = [c.roster.workers[worker] for worker in c.members.values() if worker in c.roster.workers]
+    c.members = {}
+    c.plan = None
+    c.spares_due = None
+    c.pulse_told = set()
+    c.kill(members)
+
+
+def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
+    """A worker of the live generation has failed: the generation ends at once, and the next one is prepared."""
+    failure = failure_of(worker, ending)
+    incident = incident_for(c, worker, ending)
+    if not incident.failures and incident.generation == c.generation:
+        incident.returned = tuple(sorted(w.rank for w in live_workers(c) if _returned(w) and w.rank is not None))
+    for member in live_workers(c):
+        incident.members_by_node.setdefault(member.node, set()).add(member.id)
+    incident.add(worker.id, failure, c.now)
+    stopping = c.phase is Phase.STOPPING
+    if stopping:
+        return
+    end_generation(c)
+    if ending.fatal:
+        conclude(c, _fatal_sentence(ending))
+        return
+    if not charge(c, incident, worker):
+        conclude(c, _budget_sentence(c))
+        return
+    c.recovering = incident
+    incident.told = incident.describe()
+    c.tell(f"generation {c.generation} ended: {incident.told}; re-forming", Level.WARNING)
+    spares = [
+        w.id for bundle in c.roster.bundles() for s in bundle.seats if (w := s.spare) and w.state is WorkerState.READY
+    ]
+    if rootcause.may_be_lost_node(ending) and spares:
+        _call_roll(c, spares)
+    else:
+        rendezvous.begin(c)
+
+
+def failure_of(worker: Worker, ending: Ending) -> Failure:
+    """A worker's ending with where it happened."""
+    return Failure(
+        ending=ending,
+        rank=worker.rank,
+        local_rank=worker.local_rank,
+        node=worker.node or worker.seat.bundle.node,
+        host=worker.host,
+        pid=worker.process.pid if worker.process else 0,
+        generation=worker.generation,
+        phase=PHASE_WORDS.get(worker.state, ""),
+    )
+
+
+def incident_for(c: Coordinator, worker: Worker, ending: Ending) -> rootcause.Incident:
+    """The open incident if this may belong to it, otherwise a new one.
+
+    A failure that explains itself and comes from a later generation is a new failure, however soon it comes.
+    """
+    known = c.incident
+    if known is not None and not known.settled:
+        same_generation = worker.generation in (known.generation, 0)
+        if same_generation or not rootcause.is_cause(ending) or worker.node in known.lost_nodes:
+            return known
+        settle(c, known)
+    c.incident = rootcause.open_incident(c.now, worker.generation, charged=False)
+    return c.incident
+
+
+def charge(c: Coordinator, incident: rootcause.Incident, worker: Worker) -> bool:
+    """Charge the budget for an incident, once. False: nothing is left of it."""
+    node = c.roster.nodes.get(worker.node)
+    if incident.charged or (node is not None and node.draining):
+        return True
+    if 0 <= c.spec.max_restarts <= c.restarts:
+        return False
+    incident.charged = True
+    c.restarts += 1
+    return True
+
+
+def _budget_sentence(c: Coordinator) -> str:
+    allowed = c.spec.max_restarts
+    if allowed == 0:
+        return "max_restarts=0 allows no restart"
+    return f"all {allowed} restarts are used up" if allowed > 1 else "the one restart is used up"
+
+
+def _call_roll(c: Coordinator, spares: list[int]) -> None:
+    c.roll += 1
+    c.roll_open = set(spares)
+    c.roll_until = c.now + ROLL_CALL_SECONDS
+    for worker in spares:
+        c.roster.workers[worker].roll = c.roll
+    c.command(CallRoll(c.roll, tuple(spares)))
+    c.enter(Phase.ROLL_CALL)
+
+
+def conclude(c: Coordinator, verdict: str) -> None:
+    """The run has failed: end everything, and wait until the root cause is settled."""
+    c.verdict = verdict
+    end_generation(c)
+    c.release_groups(list(c.roster.groups.values()))
+    c.enter(Phase.SETTLING)
+
+
+def finish(c: Coordinator, outcome: Outcome, reason: str, incident: rootcause.Incident | None = None) -> None:
+    """The run is over; `incident` is what brought it down, if anything did."""
+    culprit = 0
+    cause: Failure | None = None
+    failures: tuple[Failure, ...] = ()
+    if incident is not None:
+        culprit, cause = incident.cause()
+        failures = tuple(incident.failures.values())
+    workers = tuple(c.members[rank] for rank in sorted(c.members))
+    end_generation(c)
+    c.release_groups(list(c.roster.groups.values()))
+    c.tell(reason, Level.INFO if outcome is Outcome.SUCCEEDED else Level.WARNING)
+    c.command(
+        Finish(
+            outcome,
+            reason,
+            cause,
+            failures,
+            culprit,
+            workers,
+            c.world_size,
+            c.generation,
+            c.restarts,
+            tuple(Recovery(f.generation, f.incident.describe(), f.seconds, f.world_size) for f in c.recoveries),
+        )
+    )
+    c.enter(Phase.DONE)
+
+
+def settle(c: Coordinator, incident: rootcause.Incident) -> None:
+    """The cause is as well known as it will be: tell it, where it differs from what was told at once."""
+    if incident.settled:
+        return
+    incident.settled = True
+    text = incident.describe()
+    if incident.told and text != incident.told:
+        c.tell(f"generation {incident.generation} ended because {text}", Level.WARNING)
+
+
+def watch_incident(c: Coordinator) -> None:
+    """Settle the open incident when its window is over."""
+    if c.incident is not None and not c.incident.settled:
+        if c.now >= c.incident.settle_at:
+            settle(c, c.incident)
+        else:
+            c.wake(c.incident.settle_at)
+
+
+def member_ended(c: Coordinator, worker: Worker, ending: Ending) -> None:
+    """A rank of the live generation has ended without success. While stopping, that is all that was wanted."""
+    if c.phase is Phase.STOPPING:
+        c.kill([worker])
+    else:
+        fail(c, worker, ending)
+
+
+def learnt(c: Coordinator, worker: Worker, ending: Ending) -> None:
+    """A worker that we have killed meanwhile had ended by itself before: it belongs to the incident."""
+    incident = c.incident
+    if incident is None or incident.settled or worker.generation != incident.generation:
+        return c.because("late: the cause is settled")
+    incident.add(worker.id, failure_of(worker, ending), c.now)
+    if ending.fatal and c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.FORMING, Phase.RUNNING):
+        conclude(c, _fatal_sentence(ending))
+    return None
+
+
+def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:
+    """A worker without a rank has ended: it is replaced, after a pause if it never got ready."""
+    seat, state = worker.seat, worker.state
+    failure = failure_of(worker, ending)
+    c.roll_open.discard(worker.id)
+    c.kill([worker])
+    gathering = c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL)
+    if ending.fatal and gathering:
+        incident = incident_for(c, worker, ending)
+        incident.add(worker.id, failure, c.now)
+        return conclude(c, _fatal_sentence(ending))
+    if ending.fatal:
+        node = c.roster.node(failure.node)
+        node.unfit = ending.describe()
+        c.roster.refresh_node(node)
+        c.tell(f"{node.unfit}; the run goes on without that node", Level.WARNING)
+        if seat.bundle.group.id in c.roster.groups and not seat.bundle.group.minimum and not seat.bundle.manned:
+            c.release_groups([seat.bundle.group])
+        return None
+    if state is WorkerState.WARMING and gathering and ending.kind not in (EndKind.UNREACHABLE, EndKind.NODE_LOST):
+        incident = incident_for(c, worker, ending)
+        incident.add(worker.id, failure, c.now)
+        if not charge(c, incident, worker):
+            return conclude(c, _budget_sentence(c))
+        c.tell(f"{failure.describe()}; starting another", Level.WARNING)
+    if state in (WorkerState.STARTING, WorkerState.WARMING):
+        seat.failed_starts += 1
+    if seat.bundle.group.id not in c.roster.groups:
+        return None
+    if gathering or seat.failed_starts < MAX_FAILED_STARTS or not seat.bundle.placed:
+        first, longest = RETRY_SECONDS
+        pause = 0.0 if seat.failed_starts == 0 else min(longest, first * 2 ** (seat.failed_starts - 1))
+        c.roster.retry(seat, c.now + pause)
+    return None
+
+
+def _returned(worker: Worker) -> bool:
+    return worker.state in (WorkerState.RETURNED, WorkerState.COLLECTED)
+
+
+def _fatal_sentence(ending: Ending) -> str:
+    return "no restart can mend this" if ending.kind is EndKind.CANNOT_WORK else "no_retry names this exception"

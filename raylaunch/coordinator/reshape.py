@@ -1,0 +1,187 @@
+"""Changing a running group without a failure: asking for growth, taking it in, leaving draining nodes, warming spares.
+
+A planned change first warms a spare in every seat that will stay (unless the user wants none) and then ends the
+generation, so that it costs as little as a recovery. It is never charged to the budget. What it does cost are the
+steps since the last checkpoint: hence `grow=False` and `timeouts.min_generation_age`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raylaunch.coordinator import endings, rendezvous
+from raylaunch.coordinator.commands import Level
+from raylaunch.coordinator.roster import Bundle, Node, Standing
+from raylaunch.errors import short_id
+
+if TYPE_CHECKING:
+    from raylaunch.coordinator.machine import Coordinator
+
+#: Spares start this long after a generation has formed, in seconds: the first steps have the machine to themselves.
+SPARES_AFTER_SECONDS = 1.0
+#: Nodes that join together are taken in together: how long the first waits for the others to be ready, in seconds.
+TOGETHER_SECONDS = 2.0
+#: How many units of growth are asked for at a time: enough to fill a new node, few enough not to burden Ray.
+GROWTH_AT_ONCE = 16
+#: "auto": spares may take this share of a node's free memory.
+SPARES_MEMORY_SHARE = 0.25
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """A planned change of the running group."""
+
+    reason: str
+    #: Go ahead at this time even if not everything is warm.
+    latest: float
+
+
+# -- growth ----------------------------------------------------------------------------------------------------------
+
+
+def ask_for_growth(c: Coordinator) -> None:
+    """Ask for units above the minimum while the minimum group stands; withdraw pending ones when it doesn't.
+
+    Pending units would take every freed resource from another job's group, or from our own minimum: so not while
+    somebody else's group waits (both seen with Ray 2.60).
+    """
+    roster, bounds = c.roster, c.spec.bounds
+    wanted = c.phase is c.phase.RENDEZVOUS or c.spec.grow
+    missing = bounds.max_units - roster.asked
+    pending = roster.asked - roster.reserved - roster.minimum_pending
+    if roster.minimum_pending or c.others_waiting or not wanted or not roster.groups:
+        if pending > 0:
+            c.release_groups([g for g in roster.groups.values() if not g.minimum and not g.bundles[0].placed])
+        return
+    if missing <= 0:
+        return
+    one_per_node = c.spec.placement_strategy == "STRICT_SPREAD"
+    room = (1 if one_per_node else GROWTH_AT_ONCE) - pending
+    if room <= 0:
+        return
+    nodes = roster.nodes.values()
+    avoid = tuple(sorted(n.id for n in nodes if not n.lost and (n.unfit or n.draining or (one_per_node and n.bundles))))
+    only = tuple(sorted(n.id for n in nodes if n.bundles)) if c.spec.placement_strategy == "STRICT_PACK" else ()
+    for _ in range(min(missing, room)):
+        c.request_group(1, minimum=False, avoid=avoid, only=only)
+    c.gathering.last_growth_asked = c.now
+
+
+# -- planned changes -------------------------------------------------------------------------------------------------
+
+
+def decide(c: Coordinator) -> None:
+    """Start, continue or carry out a planned change of the running group."""
+    if c.plan is None:
+        reason = _reason_to_leave(c) or _reason_to_grow(c)
+        if not reason:
+            return
+        c.plan = Plan(reason, latest=c.now + c.spec.timeouts.start)
+        c.because(reason)
+        _warm_successors(c)
+    if not _reason_to_leave(c) and not _fresh(c):
+        c.plan = None  # what it was for has gone
+        return
+    if c.now >= c.plan.latest or (_together(c) and _warm(c)):
+        _carry_out(c, c.plan)
+    else:
+        c.wake(c.plan.latest)
+
+
+def _fresh(c: Coordinator) -> int:
+    """Bundles that a re-formation could take in: ready, or nearly."""
+    return c.roster.unmanned[Standing.USABLE] + c.roster.unmanned[Standing.COMING]
+
+
+def _reason_to_grow(c: Coordinator) -> str:
+    if not c.spec.grow or not c.roster.unmanned[Standing.USABLE]:
+        return ""
+    old_enough = c.formed_at + c.spec.timeouts.min_generation_age
+    if c.now < old_enough:
+        c.wake(old_enough)
+        return ""
+    return "new seats are free"
+
+
+def _reason_to_leave(c: Coordinator) -> str:
+    """Ranks sit on a draining node, and the minimum would hold without it."""
+    draining = [
+        node for node in c.roster.nodes.values() if node.draining and any(b.manned for b in node.bundles.values())
+    ]
+    if not draining:
+        return ""
+    leaving = sum(bundle.manned for node in draining for bundle in node.bundles.values())
+    staying = c.world_size // c.spec.bounds.unit - leaving
+    if staying + c.roster.unmanned[Standing.USABLE] < c.spec.bounds.min_units:
+        return ""
+    return f"node {', '.join(short_id(node.id) for node in draining)} is being drained"
+
+
+def _warm_successors(c: Coordinator) -> None:
+    """A spare in every seat that has a rank, so that the change is quick. A user who wants no spares gets none."""
+    if c.spec.spares == 0:
+        return
+    for bundle in c.roster.bundles():
+        for seat in bundle.seats:
+            if seat.member is not None and seat.spare is None and _stays(c, bundle):
+                c.start_worker(seat, gently=False)
+
+
+def _stays(c: Coordinator, bundle: Bundle) -> bool:
+    node = c.roster.nodes[bundle.node]
+    return not (node.draining or node.lost or node.unfit)
+
+
+def _together(c: Coordinator) -> bool:
+    """Whether nothing more is about to be ready, or the first has waited long enough for it."""
+    if not c.roster.unmanned[Standing.COMING]:
+        return True
+    assert c.plan is not None
+    until = c.plan.latest - c.spec.timeouts.start + TOGETHER_SECONDS
+    c.wake(until)
+    return c.now >= until
+
+
+def _warm(c: Coordinator) -> bool:
+    """Whether every seat that stays has a ready spare (or none is wanted)."""
+    if c.spec.spares == 0:
+        return True
+    manned_coming = c.roster.standings[Standing.COMING] - c.roster.unmanned[Standing.COMING]
+    return manned_coming == 0
+
+
+def _carry_out(c: Coordinator, plan: Plan) -> None:
+    before = c.world_size
+    endings.end_generation(c)
+    c.tell(f"generation {c.generation} ({before} workers) ended in order to re-form: {plan.reason}", Level.WARNING)
+    rendezvous.begin(c)
+
+
+# -- spares ----------------------------------------------------------------------------------------------------------
+
+
+def replenish_spares(c: Coordinator) -> None:
+    """Once the group runs, start the spares that the next failure will need; once a generation."""
+    if c.spares_due is None:
+        return
+    if c.now < c.spares_due:
+        c.wake(c.spares_due)
+        return
+    c.spares_due = None
+    for node in c.roster.nodes.values():
+        seats = [seat for bundle in node.bundles.values() for seat in bundle.seats]
+        allowed = min(_allowed(c, node), len(seats)) - sum(seat.spare is not None for seat in seats)
+        for seat in seats:
+            if allowed > 0 and seat.spare is None and seat.member is not None and _stays(c, seat.bundle):
+                c.start_worker(seat, gently=True)
+                allowed -= 1
+
+
+def _allowed(c: Coordinator, node: Node) -> int:
+    """How many spares a node may hold: what the user said, or what fits."""
+    if c.spec.spares >= 0:
+        return c.spec.spares
+    if not node.memory_per_worker:
+        return len(node.bundles) * c.spec.bounds.unit
+    return int(node.memory_available * SPARES_MEMORY_SHARE / node.memory_per_worker)
