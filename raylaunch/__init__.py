@@ -1,1 +1,45 @@
-"""raylaunch."""
+"""raylaunch starts PyTorch distributed training on a Ray cluster, and re-forms it at once when anything fails.
+
+    result = raylaunch.run(train_fn, num_workers=(8, 16), use_gpu=True)
+
+The map: `api` takes a request, `spec` validates it, `coordinator/` decides (pure), `cluster/` acts (Ray), `worker/` is
+what happens inside a worker (torch), `journal` records, `errors` tells. Importing this package imports neither torch
+nor ray.
+"""
+
+from raylaunch.api import run
+from raylaunch.context import Context, get_context
+from raylaunch.coordinator.commands import Recovery
+from raylaunch.errors import (
+    ConfigError,
+    Ending,
+    EndKind,
+    Failure,
+    InternalError,
+    PlacementTimeout,
+    RaylaunchError,
+    RunFailedError,
+    RunStopped,
+)
+from raylaunch.result import RunResult
+from raylaunch.spec import Timeouts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "Context",
+    "EndKind",
+    "Ending",
+    "Failure",
+    "InternalError",
+    "PlacementTimeout",
+    "RaylaunchError",
+    "Recovery",
+    "RunFailedError",
+    "RunResult",
+    "RunStopped",
+    "Timeouts",
+    "get_context",
+    "run",
+]

@@ -24,6 +24,8 @@ from typing import Any
 #: the journal; the exception itself goes to the driver on its own way and is not cut.
 MESSAGE_LIMIT = 2_000
 TRACEBACK_LIMIT = 20_000
+#: ... and of a message's first line, where it is part of a sentence.
+LINE_LIMIT = 300
 
 
 class EndKind(str, enum.Enum):
@@ -71,7 +73,8 @@ class Ending:
             text = f"exited with code {self.exit_code}"
         elif self.kind is EndKind.RAISED:
             first_line = self.message.strip().split("\n", 1)[0]
-            return f"raised {self.error_type}: {first_line}" if first_line else f"raised {self.error_type}"
+            what = f"{self.error_type}: {first_line[:LINE_LIMIT]}" if first_line else self.error_type
+            return f"lost a peer ({what})" if self.collateral else f"raised {what}"
         elif self.kind is EndKind.CANNOT_WORK:
             return self.message
         else:
@@ -148,7 +151,7 @@ class RunFailedError(RaylaunchError):
 
     # Own __new__, __init__, __str__ and __reduce__, never cooperative ones: the dynamic subclass below has a second
     # base whose constructor may want required arguments (UnicodeDecodeError, CalledProcessError).
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> RunFailedError:  # noqa: PYI034 - one type for all of them
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> RunFailedError:  # noqa: PYI034, D102 - one type for all of them
         return Exception.__new__(cls)
 
     def __init__(
@@ -191,7 +194,7 @@ class PlacementTimeout(RunFailedError, TimeoutError):  # noqa: N818 - the field'
 
 
 class RunStopped(RunFailedError):  # noqa: N818 - nothing went wrong
-    """The run was asked to stop, by `ray.cancel` for example. (Ctrl-C raises KeyboardInterrupt, as everywhere.)"""
+    """The run was asked to stop, not by an interrupt: those raise KeyboardInterrupt or SystemExit, as everywhere."""
 
 
 def run_failed(error: RunFailedError, cause: BaseException | None) -> RunFailedError:

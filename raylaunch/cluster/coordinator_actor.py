@@ -1,0 +1,208 @@
+"""The coordinator actor: the pure machine behind one door, and the workers' pulses beside it.
+
+The door is `handle(first, events) -> decisions`. It is idempotent: events are numbered, and a batch that was handled
+before is answered from memory. After the actor's own death Ray starts it anew (`max_restarts=-1`), empty; it then
+answers `Behind`, and the shell sends the journal from the start. The machine is pure, so it is where it was.
+
+Pulses and `is_current` are soft state: never in the journal. The actor is async (Ray 2.60: all its methods run on one
+event loop), so that a thousand pulses wait for nobody; only `is_current` waits for a restored machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raylaunch.coordinator.commands import Process
+from raylaunch.coordinator.events import Event
+from raylaunch.coordinator.machine import Coordinator, Decision
+from raylaunch.coordinator.roster import WorkerState
+from raylaunch.errors import ConfigError, InternalError
+from raylaunch.spec import Timeouts
+
+NAMESPACE = "raylaunch"
+
+#: One pulse costs the coordinator some 0.3 ms of a core; with this many seconds per worker between pulses, all of them
+#: together cost it less than a tenth of one.
+PULSE_SECONDS_PER_WORKER = 0.003
+#: ... and no worker sends them faster than this, in seconds.
+SHORTEST_PULSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The coordinator has handled events up to `seq` only; it wants the later ones first."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class PulseReply:
+    """What a worker learns from its pulse."""
+
+    #: Seconds until the next pulse is due.
+    interval: float
+    #: The worker has been replaced: it should not be there any more.
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank of the live generation."""
+
+    rank: int
+    node: str
+    host: str
+    process: Process
+
+
+@dataclass(frozen=True)
+class Status:
+    """A view of the run at one moment."""
+
+    phase: str
+    generation: int
+    members: dict[int, Member]
+    ready_spares: int
+    restarts: int
+
+
+def actor_name(run_id: str) -> str:
+    """The coordinator's name in Ray, in the namespace `raylaunch`."""
+    return f"raylaunch:{run_id}:coordinator"
+
+
+def group_name(run_id: str, group: int, *, minimum: bool) -> str:
+    """The name of one of the run's placement groups."""
+    return f"raylaunch:{run_id}:{'minimum' if minimum else 'growth'}:{group}"
+
+
+class CoordinatorActor:
+    """One run's coordinator. Every public method is called remotely, by the shell or by workers."""
+
+    def __init__(self, run_id: str, timeouts: Timeouts, driver_pid: int, owns_job: bool) -> None:
+        self._run_id = run_id
+        self._timeouts = timeouts
+        self._machine = Coordinator()
+        self._seq = 0
+        self._last: dict[int, Decision] = {}
+        self._restored = asyncio.Event()
+        self._seen: dict[int, float] = {}  # worker -> its last pulse, on this process's monotonic clock
+        self._reported: dict[int, int] = {}  # worker -> how many thresholds of silence have been reported
+        if not owns_job:
+            self._watch_driver(driver_pid)
+
+    async def handle(self, first: int, events: list[Event], *, replay: bool = False) -> list[Decision] | Behind:
+        """Handle events numbered from `first`. `replay`: their decisions are known, and not wanted again."""
+        if first > self._seq + 1:
+            return Behind(self._seq)
+        decisions = []
+        for seq, event in enumerate(events, first):
+            if seq > self._seq:
+                self._last = {known: decision for known, decision in self._last.items() if known >= first}
+                self._last[seq] = self._decide(event)
+                self._seq = seq
+            decisions.append(self._last.get(seq))
+        if not replay:
+            self._restored.set()
+            return [decision for decision in decisions if decision is not None]
+        self._last.clear()
+        return []
+
+    def _decide(self, event: Event) -> Decision:
+        try:
+            return self._machine.handle(event)
+        except InternalError as error:  # by the machine's promise nothing has changed
+            phase = self._machine.phase
+            return Decision((), f"InternalError, please report it: {error}", phase, phase, self._machine.generation)
+
+    async def pulse(self, worker: int) -> PulseReply:
+        """A worker is alive, and has its coordinator."""
+        self._seen[worker] = time.monotonic()
+        self._reported.pop(worker, None)
+        workers = self._machine.roster.workers if self._restored.is_set() else {}
+        interval = max(SHORTEST_PULSE_SECONDS, len(workers) * PULSE_SECONDS_PER_WORKER)
+        known = workers.get(worker)
+        ended = self._restored.is_set() and (known is None or known.state is WorkerState.DYING)
+        return PulseReply(interval, ended)
+
+    async def is_current(self, generation: int) -> bool:
+        """Whether a generation may commit. A coordinator that is not restored yet doesn't know, and waits."""
+        await self._restored.wait()
+        return self._machine.is_current(generation)
+
+    async def status(self) -> Status:
+        """What the run is doing now, for people and for tests."""
+        await self._restored.wait()
+        machine = self._machine
+        workers = machine.roster.workers
+        members = {
+            rank: Member(rank, worker.node, worker.host, worker.process)
+            for rank, number in sorted(machine.members.items())
+            if (worker := workers.get(number)) is not None and worker.process is not None
+        }
+        spares = sum(worker.state is WorkerState.READY for worker in workers.values())
+        return Status(machine.phase.value, machine.generation, members, spares, machine.restarts)
+
+    async def next_silent(self) -> list[tuple[int, float]]:
+        """Wait until some worker's pulse stays away; returns (worker, seconds of silence).
+
+        A worker is reported when it has been silent for its lease (told to the user) and for `timeouts.unresponsive`.
+        """
+        thresholds = sorted((self._timeouts.lease, self._timeouts.unresponsive))
+        while True:
+            await asyncio.sleep(min(1.0, thresholds[0] / 4))
+            now, silent = time.monotonic(), []
+            workers = self._machine.roster.workers if self._restored.is_set() else {}
+            self._seen = {worker: at for worker, at in self._seen.items() if worker in workers}
+            for worker, record in workers.items():
+                if record.state in (WorkerState.STARTING, WorkerState.DYING):
+                    continue
+                seconds = now - self._seen.setdefault(worker, now)
+                passed = sum(seconds >= threshold for threshold in thresholds)
+                if passed > self._reported.get(worker, 0):
+                    self._reported[worker] = passed
+                    silent.append((worker, seconds))
+            if silent:
+                return silent
+
+    def _watch_driver(self, pid: int) -> None:
+        """Remove the run's placement groups when the driver dies, which Ray 2.60 does only when its whole job ends.
+
+        The driver is a Ray task or actor on this node; Ray leaves us some seconds after its death.
+        """
+        descriptor = os.pidfd_open(pid)
+        asyncio.get_event_loop().add_reader(descriptor, self._driver_died)
+
+    def _driver_died(self) -> None:
+        for number, info in placement_group_table().items():
+            if info["name"].startswith(f"raylaunch:{self._run_id}:"):
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+        os._exit(0)
+
+
+def start_coordinator(run_id: str, timeouts: Timeouts, *, owns_job: bool) -> Any:
+    """Start the coordinator actor on this node, without resources. A run id in use raises `ConfigError`."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote_class: Any = ray.remote(CoordinatorActor)
+    try:
+        return remote_class.options(
+            name=actor_name(run_id),
+            namespace=NAMESPACE,
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=100_000,  # pulses and is_current calls that wait while it restarts
+            scheduling_strategy=here,
+        ).remote(run_id, timeouts, os.getpid(), owns_job)
+    except ValueError as error:
+        if "already" in str(error) or "exists" in str(error):
+            raise ConfigError(f"run_id={run_id!r} is in use: a run with this id is going on in this cluster") from error
+        raise

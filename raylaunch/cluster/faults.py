@@ -1,0 +1,57 @@
+"""What Ray's exceptions mean: the only place that reads them. Facts are of Ray 2.60.
+
+`ActorUnavailableError` is not death: the process may live. `ActorDiedError` is Ray's word that it is over, but does
+not prove that the process is gone. Neither says how a process ended, except where Ray itself killed it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import ray.exceptions as rx
+
+from raylaunch.errors import Ending, EndKind, ending_of
+
+# The generic text of any death names "the OOM killer" among common causes: only these words mean it.
+_OUT_OF_MEMORY = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor")
+_NODE_LOST = re.compile(r"because its node has died|node died|node is dead", re.IGNORECASE)
+_NO_MODULE = re.compile(r"No module named '?([\w.]+)'?")
+
+
+def ending_from(error: BaseException) -> Ending:
+    """How a worker ended, as far as the exception of a call to it tells."""
+    text = _first_lines(error)
+    if isinstance(error, rx.ActorUnavailableError):
+        return Ending(EndKind.UNREACHABLE)
+    if isinstance(error, rx.RuntimeEnvSetupError):
+        return Ending(EndKind.CANNOT_WORK, message=f"the runtime_env can't be set up: {text}", fatal=True)
+    if isinstance(error, rx.OutOfMemoryError) or (isinstance(error, rx.RayActorError) and _OUT_OF_MEMORY.search(text)):
+        return Ending(EndKind.OUT_OF_MEMORY, message="Ray's memory monitor ended it")
+    if isinstance(error, rx.ActorDiedError) and "creation task" in text:
+        return _creation_failed(str(error))
+    if isinstance(error, (rx.NodeDiedError, rx.RayActorError)) and _NODE_LOST.search(text):
+        return Ending(EndKind.NODE_LOST)
+    if isinstance(error, (rx.RayActorError, rx.WorkerCrashedError, rx.TaskCancelledError, rx.ObjectLostError)):
+        return Ending(EndKind.KILLED)
+    if isinstance(error, rx.RayTaskError):
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        ending = ending_of(cause)
+        return Ending(ending.kind, ending.exit_code, None, ending.error_type, ending.message, str(error))
+    return ending_of(error)
+
+
+def _creation_failed(text: str) -> Ending:
+    """The worker's class could not be made there: raylaunch, or something that it needs, is missing on the node."""
+    missing = _NO_MODULE.search(text)
+    if missing is not None:
+        name = missing.group(1)
+        message = f"the module {name!r} can't be imported there: install it on every node, as on the driver's"
+        return Ending(
+            EndKind.CANNOT_WORK, error_type="ModuleNotFoundError", message=message, traceback=text, fatal=True
+        )
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "unknown")
+    return Ending(EndKind.CANNOT_WORK, message=f"a worker can't be made there: {last}", traceback=text, fatal=True)
+
+
+def _first_lines(error: BaseException) -> str:
+    return str(error)[:2000]

@@ -1,0 +1,352 @@
+"""What the shell holds in Ray: placement groups, worker actors, node agents; and how each command reaches them.
+
+Every method that talks to a worker ends in exactly one of its possible events. Two sources tell of a death, Ray's
+failed call and the node agent's news; the first becomes `WorkerLost`, what the second adds becomes `EndingLearnt`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raylaunch.cluster import placement
+from raylaunch.cluster.faults import ending_from
+from raylaunch.cluster.node_actor import Death, NodeAgent
+from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor, WorkerConfig
+from raylaunch.coordinator import commands as do
+from raylaunch.coordinator import events as e
+from raylaunch.errors import Ending, EndKind, short_id
+from raylaunch.spec import RunSpec
+
+logger = logging.getLogger("raylaunch")
+
+#: At the end of a run: how long processes may take to be gone after SIGKILL, and how long an agent may take to say so.
+END_SECONDS = 3.0
+AGENT_SECONDS = 5.0
+#: A node agent that died is started again after this pause, in seconds, and this often.
+AGENT_RESTART_SECONDS = 1.0
+AGENT_RESTARTS = 5
+
+
+@dataclass(eq=False)
+class Hand:
+    """One worker, from the shell's side."""
+
+    number: int
+    actor: Any = None
+    node: str = ""
+    process: do.Process | None = None
+    exception: Any = None  # a reference to its pickled exception
+    killed_at: float | None = None
+    lost: bool = False
+
+
+@dataclass(eq=False)
+class Agent:
+    """One node's agent, from the shell's side."""
+
+    actor: Any
+    restarts: int = 0
+
+
+class Hands:
+    """Carries the shell's commands to Ray, and posts what comes of them. Lives on the shell's loop."""
+
+    def __init__(self, spec: RunSpec, config: WorkerConfig, runtime_env: Any, post: Callable[[e.Event], None]) -> None:
+        self._spec = spec
+        self._config = config
+        self._post = post
+        options = {"num_cpus": 0, "max_restarts": 0, **({"runtime_env": runtime_env} if runtime_env else {})}
+        self._worker_class: Any = ray.remote(WorkerActor)
+        self._agent_class: Any = ray.remote(NodeAgent)
+        self._worker_options, self._agent_options = options, {**options, "max_concurrency": 1000}
+        self._hands: dict[int, Hand] = {}
+        self._agents: dict[str, Agent] = {}
+        self._groups: dict[int, asyncio.Future[PlacementGroup]] = {}
+        self._devices: dict[tuple[int, int], asyncio.Future[tuple[str, tuple[str, ...]]]] = {}
+        self._background: set[asyncio.Future[Any]] = set()
+        self.values: dict[int, Any] = {}
+        self._closing = False
+
+    # -- placement groups --------------------------------------------------------------------------------------------
+
+    def request_bundles(self, command: do.RequestBundles) -> None:
+        """Ask for a group; `BundlesPlaced` or `BundlesLost` follows, unless it is released before."""
+        loop = asyncio.get_running_loop()
+        self._groups[command.group] = loop.run_in_executor(None, placement.create_group, self._spec, command)
+        self._go(self._await_group(command.group))
+
+    async def _await_group(self, number: int) -> None:
+        try:
+            group = await self._groups[number]
+            await group.ready()
+            nodes = await asyncio.get_running_loop().run_in_executor(None, placement.nodes_of, group)
+        except Exception as error:  # refused by Ray, or removed: by us, or by somebody else
+            if number in self._groups:
+                self._post(e.BundlesLost(time.monotonic(), number, f"{type(error).__name__}: {error}"))
+        else:
+            if number in self._groups:
+                self._post(e.BundlesPlaced(time.monotonic(), number, nodes))
+
+    def release_bundles(self, command: do.ReleaseBundles) -> None:
+        """Give groups back."""
+        for number in command.groups:
+            self._go(self._release(self._groups.pop(number)))
+
+    async def _release(self, group: asyncio.Future[PlacementGroup]) -> None:
+        with contextlib.suppress(Exception):  # it was never made
+            await asyncio.get_running_loop().run_in_executor(None, remove_placement_group, await group)
+
+    def placement_groups(self) -> list[PlacementGroup]:
+        """The groups that exist."""
+        return [group.result() for group in self._groups.values() if group.done() and group.exception() is None]
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def start_worker(self, command: do.StartWorker) -> None:
+        """Start a worker; `WorkerStarted` and `WorkerReady` follow, or `WorkerFailed` or `WorkerLost`."""
+        hand = self._hands[command.worker] = Hand(command.worker)
+        self._go(self._start(hand, command, self._groups[command.group]))
+
+    async def _start(self, hand: Hand, command: do.StartWorker, made: asyncio.Future[PlacementGroup]) -> None:
+        try:
+            group = await made
+            if hand.killed_at is not None:
+                return self._lost(hand, Ending(EndKind.KILLED))
+            where = placement.in_bundle(group, command.bundle)
+            hand.actor = self._worker_class.options(**self._worker_options, scheduling_strategy=where).remote(
+                hand.number, self._config
+            )
+            probe = self._probe(command, group)
+            hello: Hello = await hand.actor.hello.remote()
+            hand.node, hand.process = hello.node, hello.process
+            self._watch(hand)
+            devices = await self._devices_of(probe, hello.node, command, group)
+            self._post(
+                e.WorkerStarted(
+                    time.monotonic(),
+                    hand.number,
+                    hello.node,
+                    hello.host,
+                    hello.process.pid,
+                    hello.process.started,
+                    hello.versions,
+                    devices,
+                )
+            )
+            warm: Warm | Ending = await hand.actor.warm.remote(gently=command.gently)
+        except Exception as error:
+            return self._lost(hand, ending_from(error))
+        if isinstance(warm, Ending):
+            return self._post(e.WorkerFailed(time.monotonic(), hand.number, 0, warm))
+        return self._post(
+            e.WorkerReady(time.monotonic(), hand.number, warm.port, warm.memory_available, warm.memory_used)
+        )
+
+    def _probe(self, command: do.StartWorker, group: PlacementGroup) -> Any:
+        """The devices of a bundle, asked once for all its seats and all its workers."""
+        if not self._spec.gpus_per_worker:
+            return None
+        key = (command.group, command.bundle)
+        if key not in self._devices:
+            gpus = self._spec.bundle_resources["GPU"]
+            reference = placement.probe_devices(group, command.bundle, gpus)
+            self._devices[key] = asyncio.wrap_future(reference.future())
+        return self._devices[key]
+
+    async def _devices_of(
+        self, probe: Any, node: str, command: do.StartWorker, group: PlacementGroup
+    ) -> tuple[str, ...]:
+        if probe is None:
+            return ()
+        try:
+            where, devices = await asyncio.shield(probe)
+        except Exception:
+            where, devices = "", ()
+        if where == node:
+            return tuple(devices)
+        # The bundle has moved since, or the probe died with its node.
+        if self._devices.get((command.group, command.bundle)) is probe:
+            del self._devices[(command.group, command.bundle)]
+        where, devices = await asyncio.shield(self._probe(command, group))
+        return tuple(devices)
+
+    def call_roll(self, command: do.CallRoll) -> None:
+        """Ask spares whether they are there; `WorkerAnswered` follows, or `WorkerLost`, or nothing."""
+        for worker in command.workers:
+            self._go(self._answer(self._hands[worker], command.roll))
+
+    async def _answer(self, hand: Hand, roll: int) -> None:
+        try:
+            await hand.actor.answer.remote()
+        except Exception as error:
+            return self._lost(hand, ending_from(error))
+        return self._post(e.WorkerAnswered(time.monotonic(), hand.number, roll))
+
+    def promote(self, command: do.Promote) -> None:
+        """Make a spare a rank; `WorkerJoined` and `WorkerReturned` follow, or `WorkerFailed` or `WorkerLost`."""
+        hand = self._hands[command.worker]
+        # Both calls at once: nothing stands between joining and train_fn.
+        joined = hand.actor.join.remote(command.assignment)
+        outcome, hand.exception = hand.actor.run.remote()
+        self._go(self._follow(hand, command.assignment.generation, joined, outcome))
+
+    async def _follow(self, hand: Hand, generation: int, joined: Any, outcome: Any) -> None:
+        try:
+            failed: Ending | None = await joined
+            if failed is not None:
+                return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, failed))
+            self._post(e.WorkerJoined(time.monotonic(), hand.number, generation))
+            ending: Ending = await outcome
+        except Exception as error:
+            return self._lost(hand, ending_from(error))
+        if ending.kind is EndKind.RETURNED:
+            return self._post(e.WorkerReturned(time.monotonic(), hand.number, generation))
+        return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, ending))
+
+    def collect(self, command: do.CollectResult) -> None:
+        """Fetch a value; `ResultCollected` follows, or a failure."""
+        self._go(self._collect(self._hands[command.worker], command.generation))
+
+    async def _collect(self, hand: Hand, generation: int) -> None:
+        try:
+            self.values[hand.number] = await hand.actor.collect.remote()
+        except ray.exceptions.RayTaskError as error:
+            message = f"its return value can't be sent to the driver: {error.cause!r}"
+            ending = Ending(EndKind.CANNOT_WORK, message=message, traceback=str(error), fatal=True)
+            return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, ending))
+        except Exception as error:
+            return self._lost(hand, ending_from(error))
+        return self._post(e.ResultCollected(time.monotonic(), hand.number, generation))
+
+    def stop_workers(self, command: do.StopWorkers) -> None:
+        """SIGTERM to workers, by their node's agent."""
+        for node, workers in self._by_node(command.workers).items():
+            self._agents[node].actor.ask_to_stop.remote(workers)
+
+    def kill_workers(self, command: do.KillWorkers) -> None:
+        """End workers at once; `WorkerLost` follows when they are known to be gone."""
+        for worker in command.workers:
+            hand = self._hands[worker]
+            hand.killed_at = time.monotonic()
+            if hand.actor is not None:
+                ray.kill(hand.actor)
+        # Ray's kill doesn't reach a stopped process; its node's agent does.
+        for node, workers in self._by_node(command.workers).items():
+            self._agents[node].actor.kill.remote(workers)
+
+    async def exception_of(self, worker: int, seconds: float) -> bytes | None:
+        """The pickled exception of a worker that raised, if there is one."""
+        hand = self._hands.get(worker)
+        if hand is None or hand.exception is None:
+            return None
+        with contextlib.suppress(Exception):  # it went with its node
+            pickled: bytes | None = await asyncio.wait_for(asyncio.wrap_future(hand.exception.future()), seconds)
+            return pickled
+        return None
+
+    def _lost(self, hand: Hand, ending: Ending) -> None:
+        """Ray says that a worker is gone. Where an agent watches one that we killed, the agent's word counts."""
+        if hand.killed_at is not None and hand.node in self._agents and ending.kind is not EndKind.UNREACHABLE:
+            return
+        if hand.lost:
+            self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
+        else:
+            hand.lost = ending.kind is not EndKind.UNREACHABLE
+            self._post(e.WorkerLost(time.monotonic(), hand.number, ending))
+
+    # -- node agents -------------------------------------------------------------------------------------------------
+
+    def _by_node(self, workers: tuple[int, ...]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for worker in workers:
+            node = self._hands[worker].node
+            if node in self._agents:
+                found.setdefault(node, []).append(worker)
+        return found
+
+    def _watch(self, hand: Hand) -> None:
+        if hand.node not in self._agents:
+            self._agents[hand.node] = Agent(self._new_agent(hand.node))
+            self._go(self._listen(hand.node))
+        self._agents[hand.node].actor.watch.remote(hand.number, hand.process)
+
+    def _new_agent(self, node: str) -> Any:
+        where = NodeAffinitySchedulingStrategy(node, soft=False)
+        return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(self._spec.run_id)
+
+    async def _listen(self, node: str) -> None:
+        """Take a node agent's news, for as long as the node is there."""
+        agent = self._agents[node]
+        while not self._closing:
+            try:
+                for death in await agent.actor.next_deaths.remote():
+                    self._died(death)
+            except ray.exceptions.RayActorError:
+                agent.restarts += 1
+                if agent.restarts > AGENT_RESTARTS:
+                    break
+                await asyncio.sleep(AGENT_RESTART_SECONDS)
+                agent.actor = self._new_agent(node)
+                for hand in self._hands.values():
+                    if hand.node == node and not hand.lost:
+                        agent.actor.watch.remote(hand.number, hand.process)
+        self._agents.pop(node, None)
+
+    def _died(self, death: Death) -> None:
+        hand = self._hands[death.worker]
+        now = time.monotonic()
+        # We kill with SIGKILL, Ray with SIGTERM or an exit that leaves no last words: anything else was before us.
+        ours = death.ending.kind is EndKind.KILLED or death.ending.signal in (signal.SIGKILL, signal.SIGTERM)
+        by_itself = hand.killed_at is None or not ours or now - death.age < hand.killed_at
+        if by_itself and (hand.lost or hand.killed_at is not None):
+            self._post(e.EndingLearnt(now, hand.number, death.ending))
+        if not hand.lost:
+            hand.lost = True
+            self._post(e.WorkerLost(now, hand.number, death.ending if by_itself else Ending(EndKind.KILLED)))
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    async def let_go(self) -> None:
+        """End what is left of the run, everywhere, and see that it is gone; bounded."""
+        self._closing = True
+        self.kill_workers(do.KillWorkers(tuple(hand.number for hand in self._hands.values() if not hand.lost)))
+        agents = {node: agent.actor.end.remote(END_SECONDS) for node, agent in self._agents.items()}
+        for node, answer in agents.items():
+            try:
+                stubborn = await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_SECONDS)
+            except Exception as error:
+                logger.info(
+                    "node %s can't say whether all its processes are gone: %s", short_id(node), type(error).__name__
+                )
+            else:
+                if stubborn:
+                    logger.warning("node %s: processes %s would not go", short_id(node), stubborn)
+        self.release_bundles(do.ReleaseBundles(tuple(self._groups)))
+        for task in list(self._background):
+            if not task.done() and task.get_coro().__name__ != "_release":  # type: ignore[attr-defined]
+                task.cancel()
+        await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *self._background], timeout=AGENT_SECONDS)
+        for agent in self._agents.values():
+            ray.kill(agent.actor)
+
+    def _go(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._went)
+
+    def _went(self, task: asyncio.Future[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a task of the launcher failed; please report it", exc_info=task.exception())

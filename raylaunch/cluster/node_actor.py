@@ -1,0 +1,104 @@
+"""The node agent: one small actor on every node of a run, which sees how processes end and makes sure that they do.
+
+Ray tells that a worker is gone, but not how, and nothing at all of an idle spare. The agent holds a pidfd of each
+worker on its node: it hears of a death at once, asks the kernel how it was (Linux 6.15 and later; else the worker's
+last words), and ends what Ray's own kill doesn't reach: a stopped process, children in sessions of their own.
+It imports neither torch nor the user's code, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+
+from raylaunch.coordinator.commands import Process
+from raylaunch.errors import Ending, EndKind
+from raylaunch.worker.processes import Watch, children_of_run, end_process, ending_from_status, read_last_words
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker's process is gone."""
+
+    worker: int
+    ending: Ending
+    #: How long ago, in seconds.
+    age: float
+
+
+def last_words_directory(run_id: str) -> str:
+    """Where the workers of a run leave their last words, on each node."""
+    return os.path.join(tempfile.gettempdir(), f"raylaunch-{run_id}")
+
+
+class NodeAgent:
+    """One node's agent. Every public method is called remotely, by the shell."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._directory = last_words_directory(run_id)
+        self._watches: dict[int, Watch] = {}
+        self._processes: dict[int, Process] = {}
+        self._deaths: list[tuple[int, Ending, float]] = []
+        self._changed = asyncio.Event()
+
+    async def watch(self, worker: int, process: Process) -> None:
+        """Hold on to a worker's process."""
+        watch = Watch(process)
+        self._watches[worker], self._processes[worker] = watch, process
+        if watch.fileno() < 0:
+            self._note(worker)
+        else:
+            asyncio.get_running_loop().add_reader(watch.fileno(), self._note, worker)
+
+    async def next_deaths(self) -> list[Death]:
+        """Wait until some watched process is gone."""
+        await self._changed.wait()
+        self._changed.clear()
+        deaths, self._deaths = self._deaths, []
+        now = time.monotonic()
+        return [Death(worker, ending, now - at) for worker, ending, at in deaths]
+
+    async def ask_to_stop(self, workers: list[int]) -> None:
+        """SIGTERM to workers' processes."""
+        for worker in workers:
+            if worker in self._watches:
+                self._watches[worker].kill(signal.SIGTERM)
+
+    async def kill(self, workers: list[int]) -> None:
+        """SIGKILL to workers' processes, stopped ones too."""
+        for worker in workers:
+            if worker in self._watches:
+                self._watches[worker].kill(signal.SIGKILL)
+
+    async def end(self, seconds: float) -> list[int]:
+        """End everything of the run on this node, bounded; returns the pids that would not go."""
+        left = [*self._processes.values(), *(Process(*found) for found in children_of_run(self._run_id))]
+        left = [process for process in left if process.pid != os.getpid()]
+        loop = asyncio.get_running_loop()
+        ended = await asyncio.gather(*(loop.run_in_executor(None, end_process, one, seconds) for one in left))
+        shutil.rmtree(self._directory, ignore_errors=True)
+        return [process.pid for process, gone in zip(left, ended, strict=True) if not gone]
+
+    def _note(self, worker: int) -> None:
+        """A watched process is gone: find out how."""
+        at = time.monotonic()
+        watch, process = self._watches.pop(worker), self._processes.pop(worker)
+        if watch.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(watch.fileno())
+        status = watch.exit_status()
+        watch.close()
+        ending = read_last_words(self._directory, process)
+        if ending is None and status is not None:
+            ending = ending_from_status(status)
+            if ending.kind is not EndKind.SIGNALED:
+                # train_fn's own ways to leave are noted by the worker. This was Ray, or a library's exit().
+                code = os.waitstatus_to_exitcode(status)
+                ending = Ending(EndKind.KILLED, message=f"its process left with code {code}, which nobody asked for")
+        self._deaths.append((worker, ending or Ending(EndKind.KILLED), at))
+        self._changed.set()

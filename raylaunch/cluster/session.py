@@ -1,0 +1,154 @@
+"""From a validated spec to a result: connects to Ray, ships the function, starts coordinator and shell, waits.
+
+The library uses the Ray session that is there or connects with a bare `ray.init()`; it never shuts one down.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.cloudpickle
+
+from raylaunch.cluster.coordinator_actor import start_coordinator
+from raylaunch.cluster.shell import Shell
+from raylaunch.cluster.shipping import ship
+from raylaunch.cluster.worker_actor import WorkerConfig, versions
+from raylaunch.coordinator.commands import Finish, Outcome
+from raylaunch.errors import ConfigError, PlacementTimeout, RunFailedError, RunStopped, run_failed
+from raylaunch.journal import Journal
+from raylaunch.result import RunResult
+from raylaunch.spec import RunSpec
+from raylaunch.worker.env import check_env, copied_env
+from raylaunch.worker.payload import check_call
+
+logger = logging.getLogger("raylaunch")
+
+#: After the time that workers have for stopping: how long the rest of a stop may take, in seconds.
+STOP_SLACK_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the coordinator doesn't need to know: the function, and what its workers are given."""
+
+    train_fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    no_retry: tuple[type[BaseException], ...]
+    preload: tuple[str, ...]
+    env: dict[str, str]
+    copy_env: tuple[str, ...]
+    runtime_env: dict[str, Any] | None
+    log_dir: str | None
+
+    def check(self) -> None:
+        """Refuse what can't work, before anything is started. Raises `ConfigError`."""
+        check_call(self.train_fn, self.args, self.kwargs)
+        check_env("env", self.env)
+        for item in self.no_retry:
+            if not (isinstance(item, type) and issubclass(item, BaseException)):
+                raise ConfigError(f"no_retry={self.no_retry!r}: must hold exception types, not {item!r}")
+        for name, items in (("copy_env", self.copy_env), ("preload", self.preload)):
+            if not all(isinstance(item, str) for item in items):
+                raise ConfigError(f"{name}={items!r}: must hold strings")
+        if self.log_dir is not None and not isinstance(self.log_dir, (str, os.PathLike)):
+            raise ConfigError(f"log_dir={self.log_dir!r}: must be a path")
+
+
+def launch(spec: RunSpec, job: Job) -> RunResult:
+    """Carry a run out. See `raylaunch.run` for what it raises."""
+    job.check()
+    connect()
+    spec = replace(spec, versions=versions())
+    payload = ship(job.train_fn, job.args, job.kwargs, job.no_retry)
+    in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    coordinator = start_coordinator(spec.run_id, spec.timeouts, owns_job=not in_ray_worker)
+    config = WorkerConfig(
+        run_id=spec.run_id,
+        coordinator=coordinator,
+        payload=(payload,),
+        copied_env=copied_env(os.environ, job.copy_env),
+        env=job.env,
+        preload=job.preload,
+        cpus_per_worker=spec.resources_per_worker.get("CPU", 1.0),
+        use_gpu=bool(spec.gpus_per_worker),
+        virtual_local_rank=spec.virtual_local_rank,
+        backend=spec.backend,
+        max_restarts=spec.max_restarts,
+        lease=spec.timeouts.lease,
+        process_group_seconds=spec.timeouts.process_group,
+    )
+    journal = Journal(os.path.join(job.log_dir or _log_root(), spec.run_id, "journal.jsonl"), spec.run_id)
+    logger.info("run %s: journal %s", spec.run_id, journal.path)
+    shell = Shell(spec, journal, coordinator, config, job.runtime_env)
+    shell.start()
+    try:
+        finish = shell.wait()
+    except BaseException as interrupt:  # Ctrl-C, SIGTERM (Ray makes it a SystemExit), a notebook's interrupt
+        _stop(shell, spec, f"{type(interrupt).__name__} in the driver")
+        raise
+    assert finish is not None, "a wait without a limit ends with the run"
+    return _result(shell, finish, spec, journal.path)
+
+
+def connect() -> None:
+    """Use the session that is there, or connect as Ray does by itself."""
+    if os.environ.get("RAY_ADDRESS", "").startswith("ray://") or ray.util.client.ray.is_connected():
+        raise ConfigError(
+            "a Ray Client address (ray://) can't carry a run: the driver must live in the cluster; use"
+            " `ray job submit -- python your_script.py`"
+        )
+    if not ray.is_initialized():
+        ray.init()
+
+
+def _stop(shell: Shell, spec: RunSpec, reason: str) -> None:
+    """Stop in order; interrupted once more, at once."""
+    try:
+        shell.stop(reason)
+        if shell.wait(spec.timeouts.stop + STOP_SLACK_SECONDS) is None:
+            logger.error("run %s could not be stopped in order", spec.run_id)
+    except (KeyboardInterrupt, SystemExit):
+        shell.stop(reason, now=True)
+        shell.wait(STOP_SLACK_SECONDS)
+
+
+def _result(shell: Shell, finish: Finish, spec: RunSpec, journal: str) -> RunResult:
+    if finish.outcome is Outcome.SUCCEEDED:
+        return RunResult(
+            values=tuple(shell.values),
+            run_id=spec.run_id,
+            world_size=finish.world_size,
+            generation=finish.generation,
+            restarts=finish.restarts,
+            journal=journal,
+            recoveries=finish.recoveries,
+        )
+    kinds = {Outcome.FAILED: RunFailedError, Outcome.NO_ROOM: PlacementTimeout, Outcome.STOPPED: RunStopped}
+    failures = {failure.rank: failure for failure in finish.failures if failure.rank is not None}
+    message = f"{finish.reason}\n{shell.shortage}" if shell.shortage else finish.reason
+    error = kinds[finish.outcome](message, finish.root_cause, failures, spec.run_id, journal)
+    cause = _load_exception(shell.exception)
+    raise run_failed(error, cause) from cause
+
+
+def _load_exception(pickled: bytes | None) -> BaseException | None:
+    if pickled is None:
+        return None
+    try:
+        loaded = ray.cloudpickle.loads(pickled)
+    except Exception:  # its class isn't importable in the driver
+        return None
+    return loaded if isinstance(loaded, BaseException) else None
+
+
+def _log_root() -> str:
+    """Ray's session log folder, so that Ray's dashboard lists the files. Private: 2.60 has no public way to it."""
+    node = ray._private.worker.global_worker.node  # noqa: SLF001
+    return os.path.join(node.get_logs_dir_path() if node is not None else tempfile.gettempdir(), "raylaunch")

@@ -1,0 +1,243 @@
+"""The shell: carries the coordinator's commands out, turns what comes of them into events, and never decides.
+
+Every event is numbered and written to the journal before the coordinator sees it. When the coordinator actor dies,
+Ray starts it anew, the shell sends it the journal, and goes on where it was; the workers don't notice.
+
+Its asyncio loop lives in a thread of its own, so that `run` works in notebooks, threads, Ray tasks and actors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from raylaunch.cluster import placement
+from raylaunch.cluster.coordinator_actor import Behind
+from raylaunch.cluster.hands import Hands
+from raylaunch.cluster.worker_actor import WorkerConfig
+from raylaunch.coordinator import commands as do
+from raylaunch.coordinator import events as e
+from raylaunch.coordinator.machine import Decision
+from raylaunch.errors import InternalError
+from raylaunch.journal import Journal
+from raylaunch.spec import RunSpec
+
+logger = logging.getLogger("raylaunch")
+
+#: How often the shell looks at what Ray doesn't push, in seconds: at least this, and longer in large clusters.
+SURVEY_SECONDS = 1.0
+SURVEY_NODES_PER_SECOND = 200
+#: How long the coordinator may be away before the run gives up, in seconds: Ray restarts it in 1.7.
+COORDINATOR_SECONDS = 60.0
+#: How long the root cause's exception may take to reach the driver, in seconds.
+EXCEPTION_SECONDS = 10.0
+
+
+class Shell:
+    """One run, from its first event to `Finish`."""
+
+    def __init__(
+        self, spec: RunSpec, journal: Journal, coordinator: Any, config: WorkerConfig, runtime_env: Any
+    ) -> None:
+        self._spec = spec
+        self._journal = journal
+        self._coordinator = coordinator
+        self._hands = hands = Hands(spec, config, runtime_env, self.post)
+        self._carry_out: dict[type[do.Command], Callable[[Any], None]] = {
+            do.RequestBundles: hands.request_bundles,
+            do.ReleaseBundles: hands.release_bundles,
+            do.StartWorker: hands.start_worker,
+            do.CallRoll: hands.call_roll,
+            do.Promote: hands.promote,
+            do.CollectResult: hands.collect,
+            do.StopWorkers: hands.stop_workers,
+            do.KillWorkers: hands.kill_workers,
+            do.WakeAt: self._wake_at,
+            do.Tell: self._tell,
+            do.Finish: self._finished,
+        }
+        self._history: list[e.Event] = []  # every event, in order: number n is at n - 1
+        self._inbox: list[e.Event] = []
+        self._wakeup: asyncio.Event
+        self._loop: asyncio.AbstractEventLoop
+        self._alarm: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._finish: do.Finish | None = None
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"raylaunch-{spec.run_id}", daemon=True)
+        #: After the end: values by rank, and the culprit's exception, pickled.
+        self.values: list[Any] = []
+        self.exception: bytes | None = None
+        self.shortage = ""
+
+    # -- called from the driver's own thread -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the run."""
+        self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> do.Finish | None:
+        """Wait for the end; None when it has not come in time. Raises `InternalError` for a bug of ours."""
+        if not self._done.wait(seconds):
+            return None
+        self._thread.join()
+        if self._error is not None:
+            raise InternalError(f"the launcher itself failed: {self._error!r}; please report it") from self._error
+        return self._finish
+
+    def stop(self, reason: str, *, now: bool = False) -> None:
+        """Ask the run to end. Thread-safe."""
+        if not self._done.is_set():
+            self._loop.call_soon_threadsafe(self._stop, reason, now)
+
+    def _stop(self, reason: str, now: bool) -> None:
+        self.post(e.StopRequested(time.monotonic(), reason, now))
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:  # whatever it is, the driver's thread must not wait for ever
+            self._error = error
+        finally:
+            self._journal.close()
+            self._done.set()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._wakeup = asyncio.Event()
+        try:
+            self.post(e.RunRequested(time.monotonic(), self._spec))
+            self._spawn(self._survey())
+            self._spawn(self._listen_for_silence())
+            while self._finish is None:
+                await self._wakeup.wait()
+                self._wakeup.clear()
+                await self._handle_inbox()
+            self.values = [self._hands.values.get(worker) for worker in self._finish.workers]
+            self.exception = await self._hands.exception_of(self._finish.culprit, EXCEPTION_SECONDS)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._hands.let_go()
+            ray.kill(self._coordinator)
+
+    def post(self, event: e.Event) -> None:
+        """Take an event in. Called on the loop's thread only."""
+        self._inbox.append(event)
+        self._wakeup.set()
+
+    async def _handle_inbox(self) -> None:
+        batch, self._inbox = self._inbox, []
+        first = len(self._history) + 1
+        for seq, event in enumerate(batch, first):
+            self._journal.event(seq, event)
+        self._history += batch
+        decisions = await self._decide(first, batch)
+        for seq, decision in enumerate(decisions, first):
+            self._journal.decision(seq, decision)
+            if decision.reason.startswith("InternalError"):
+                logger.error("%s (event %d of the journal %s)", decision.reason, seq, self._journal.path)
+            if any(
+                isinstance(command, do.Finish) and command.outcome is do.Outcome.NO_ROOM
+                for command in decision.commands
+            ):
+                self.shortage = await self._describe_shortage()  # before the groups are given back
+            for command in decision.commands:
+                self._carry_out[type(command)](command)
+
+    async def _decide(self, first: int, batch: list[e.Event]) -> list[Decision]:
+        """Have the coordinator decide, through its own deaths."""
+        until = time.monotonic() + COORDINATOR_SECONDS
+        while True:
+            try:
+                answer = await self._coordinator.handle.remote(first, batch)
+                if isinstance(answer, Behind):
+                    missing = self._history[answer.seq : first - 1]
+                    await self._coordinator.handle.remote(answer.seq + 1, missing, replay=True)
+                    continue
+                return list(answer)
+            except ray.exceptions.RayActorError:
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.1)  # it is being restarted
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a task of the launcher failed; please report it", exc_info=task.exception())
+
+    # -- commands that need no hands ---------------------------------------------------------------------------------
+
+    def _wake_at(self, command: do.WakeAt) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        delay = max(0.0, command.at - time.monotonic())
+        self._alarm = self._loop.call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self.post(e.Tick(time.monotonic()))
+
+    def _tell(self, command: do.Tell) -> None:
+        level = logging.WARNING if command.level is do.Level.WARNING else logging.INFO
+        if command.shortage:
+            self._spawn(self._tell_shortage(level, command.text))
+        else:
+            logger.log(level, "%s", command.text)
+
+    async def _tell_shortage(self, level: int, text: str) -> None:
+        logger.log(level, "%s\n%s", text, await self._describe_shortage())
+
+    async def _describe_shortage(self) -> str:
+        groups = self._hands.placement_groups()
+        return await self._loop.run_in_executor(None, placement.shortage, self._spec, groups)
+
+    def _finished(self, command: do.Finish) -> None:
+        self._finish = command
+
+    # -- what Ray doesn't push ---------------------------------------------------------------------------------------
+
+    async def _survey(self) -> None:
+        """Look at nodes and at other jobs' groups, and post what has changed."""
+        dead: frozenset[str] = frozenset()
+        draining: frozenset[str] = frozenset()
+        waiting = False
+        while True:
+            try:
+                seen = await self._loop.run_in_executor(None, placement.survey, self._spec.run_id)
+            except Exception as error:  # Ray's control store is being restarted
+                logger.debug("can't look at the cluster: %r", error)
+                await asyncio.sleep(SURVEY_SECONDS)
+                continue
+            now = time.monotonic()
+            for node in seen.dead - dead:
+                self.post(e.NodeLost(now, node))
+            for node in seen.draining - draining:
+                self.post(e.NodeDraining(now, node))
+            if seen.others_waiting != waiting:
+                self.post(e.OthersWaiting(now, seen.others_waiting))
+            dead, draining, waiting = seen.dead, seen.draining, seen.others_waiting
+            await asyncio.sleep(max(SURVEY_SECONDS, seen.nodes / SURVEY_NODES_PER_SECOND))
+
+    async def _listen_for_silence(self) -> None:
+        """Post the pulses that stay away."""
+        while True:
+            try:
+                for worker, seconds in await self._coordinator.next_silent.remote():
+                    self.post(e.PulseMissed(time.monotonic(), worker, seconds))
+            except ray.exceptions.RayActorError:
+                await asyncio.sleep(0.5)  # it is being restarted

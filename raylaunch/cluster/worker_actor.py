@@ -1,0 +1,277 @@
+"""The worker actor: a seat's process. It starts as a spare; promoted, it runs train_fn as one rank, once.
+
+Its methods are called one after the other on the process's main thread (a plain actor, Ray 2.60), so that signal
+handlers and asyncio.run work in train_fn:
+
+    hello -> warm -> (answer ...) -> join -> run -> collect
+
+A side thread sends the pulse. How train_fn ended is a value, not a Ray error, so that nothing of it is lost.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from types import FrameType
+from typing import Any, NoReturn
+
+import ray
+import ray.cloudpickle
+import ray.exceptions
+
+from raylaunch.cluster.node_actor import last_words_directory
+from raylaunch.cluster.shipping import unpack
+from raylaunch.context import Context, enter_context
+from raylaunch.coordinator.commands import Assignment, Process
+from raylaunch.errors import Ending, EndKind, ending_of
+from raylaunch.worker import env as worker_env
+from raylaunch.worker import process_group
+from raylaunch.worker.payload import NoRetry, PayloadError, run_function
+from raylaunch.worker.processes import LastWords, end_process, start_time
+
+#: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
+PREDECESSOR_SECONDS = 10.0
+#: Niceness of a spare's imports while training goes on.
+GENTLE = 10
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What every worker of a run is given when it starts."""
+
+    run_id: str
+    coordinator: Any
+    #: The pickled function; in a tuple, or Ray would fetch it before the worker starts.
+    payload: tuple[Any]
+    copied_env: dict[str, str]
+    env: dict[str, str]
+    preload: tuple[str, ...]
+    cpus_per_worker: float
+    use_gpu: bool
+    virtual_local_rank: bool
+    backend: str | None
+    max_restarts: int
+    lease: float
+    process_group_seconds: float
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A worker's first words."""
+
+    node: str
+    host: str
+    process: Process
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A spare is ready. Memory in bytes."""
+
+    port: int
+    memory_available: int
+    memory_used: int
+
+
+class WorkerActor:
+    """One worker. See the module's text for the order of its calls."""
+
+    def __init__(self, worker: int, config: WorkerConfig) -> None:
+        self._config = config
+        self._host = ray.util.get_node_ip_address()
+        # Before anything imports torch: OMP_NUM_THREADS is read there.
+        os.environ.update(
+            worker_env.spare_env(
+                run_id=config.run_id,
+                copied=config.copied_env,
+                env=config.env,
+                cpus_per_worker=config.cpus_per_worker,
+                use_gpu=config.use_gpu,
+                host=self._host,
+            )
+        )
+        self._last_words = LastWords(last_words_directory(config.run_id))
+        self._store: Any = None
+        self._call: Callable[[], Any] | None = None
+        self._no_retry: NoRetry = ()
+        self._value: Any = None
+        self._terminated = False
+        arguments = (worker, config, self._last_words)
+        threading.Thread(target=_pulse, args=arguments, name="raylaunch-pulse", daemon=True).start()
+
+    def hello(self) -> Hello:
+        """Where this process is."""
+        pid = os.getpid()
+        node = ray.get_runtime_context().get_node_id()
+        return Hello(node, self._host, Process(pid, start_time(pid) or 0), versions())
+
+    def warm(self, *, gently: bool) -> Warm | Ending:
+        """Import what train_fn will need, and open the store that the group may use. Touches no GPU."""
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            # A thread, because a process could not take its nice value back without privileges.
+            if gently:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), GENTLE)
+            try:
+                for name in self._config.preload:
+                    importlib.import_module(name)
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, name="raylaunch-warm")
+        thread.start()
+        thread.join()
+        if errors:
+            wanted = list(self._config.preload)
+            text = f"preload={wanted!r} can't be imported there: {type(errors[0]).__name__}: {errors[0]}"
+            trace = "".join(traceback.format_exception(errors[0]))
+            return Ending(EndKind.CANNOT_WORK, message=text, traceback=trace, fatal=True)
+        self._store, port = process_group.open_store(self._host)
+        return Warm(port, _memory_available(), _memory_used())
+
+    def answer(self) -> None:
+        """Answer the roll call."""
+
+    def join(self, assignment: Assignment) -> Ending | None:
+        """Become a rank: environment, device, function, process group. None, or how it failed."""
+        config = self._config
+        for process in assignment.predecessors:
+            end_process(process, PREDECESSOR_SECONDS)
+        os.environ.update(
+            worker_env.rank_env(
+                assignment,
+                run_id=config.run_id,
+                max_restarts=config.max_restarts,
+                error_file=os.path.join(last_words_directory(config.run_id), f"error-{os.getpid()}.json"),
+                virtual_local_rank=config.virtual_local_rank,
+                use_gpu=config.use_gpu,
+            )
+        )
+        enter_context(self._context(assignment))
+        try:
+            self._call, self._no_retry = unpack(config.payload[0])
+            process_group.join(
+                assignment,
+                backend=config.backend,
+                use_gpu=config.use_gpu,
+                virtual_local_rank=config.virtual_local_rank,
+                timeout=config.process_group_seconds,
+            )
+        except PayloadError as error:
+            trace = "".join(traceback.format_exception(error))
+            return Ending(EndKind.CANNOT_WORK, message=str(error), traceback=trace, fatal=True)
+        except BaseException as error:
+            return ending_of(error, collateral=process_group.is_collateral(error))
+        return None
+
+    @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
+    def run(self) -> tuple[Ending, bytes | None]:
+        """Run train_fn. How it ended, and the exception itself where there is one and it pickles."""
+        if self._call is None:
+            return Ending(EndKind.KILLED, message="it never joined"), None
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        # Ray 2.60 blocks SIGINT in its workers.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        ending, self._value, pickled = run_function(self._call, no_retry=self._no_retry, dumps=ray.cloudpickle.dumps)
+        if self._terminated and ending.kind is EndKind.EXITED:
+            ending = Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
+        if ending.kind is EndKind.RETURNED:
+            # A rank that returns early leaves the group, so that peers that wait for it fail at once.
+            process_group.leave()
+        return ending, pickled
+
+    def collect(self) -> Any:
+        """train_fn's value."""
+        return self._value
+
+    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> NoReturn:
+        self._terminated = True
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _context(self, assignment: Assignment) -> Context:
+        config = self._config
+        return Context(
+            rank=assignment.rank,
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            world_size=assignment.world_size,
+            local_world_size=assignment.local_world_size,
+            node_rank=assignment.node_rank,
+            run_id=config.run_id,
+            generation=assignment.generation,
+            restart_count=assignment.restart_count,
+            max_restarts=config.max_restarts,
+            device=process_group.device_of(
+                assignment, use_gpu=config.use_gpu, virtual_local_rank=config.virtual_local_rank
+            ),
+            master_addr=assignment.master_addr,
+            master_port=assignment.master_port,
+            _ask=lambda: _is_current(config.coordinator, assignment.generation, config.lease),
+        )
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same on the driver and on every node. Read without importing torch."""
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for name in ("torch", "ray", "raylaunch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _is_current(coordinator: Any, generation: int, seconds: float) -> bool:
+    """Ask the coordinator, through its restart, for as long as the lease allows."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        try:
+            return bool(ray.get(coordinator.is_current.remote(generation), timeout=left))
+        except ray.exceptions.GetTimeoutError:
+            return False
+        except ray.exceptions.RayActorError:
+            time.sleep(0.2)  # it is being restarted, and Ray has no event for that
+    return False
+
+
+def _pulse(worker: int, config: WorkerConfig, last_words: LastWords) -> None:
+    """Tell the coordinator that this worker lives; end the process when it has been replaced, or its lease is over.
+
+    A process that was stopped, or a long hold of the GIL, makes the lease look over: so one more try comes first.
+    """
+    contact, interval = time.monotonic(), 1.0
+    while True:
+        over = time.monotonic() - contact > config.lease
+        try:
+            reply = ray.get(config.coordinator.pulse.remote(worker), timeout=5.0)
+            if reply.ended:
+                _end(last_words, "it has been replaced")
+            contact, interval = time.monotonic(), reply.interval
+        except Exception:  # restarting, unreachable or gone: the lease tells which
+            if over:
+                _end(last_words, f"its lease of {config.lease:g} s without contact to the coordinator is over")
+        time.sleep(interval)
+
+
+def _end(last_words: LastWords, reason: str) -> NoReturn:
+    print(f"raylaunch: this worker ends itself: {reason}", file=sys.stderr, flush=True)  # noqa: T201 - its own log
+    last_words.exit(1, reason)
+
+
+def _memory_available() -> int:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+
+
+def _memory_used() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
