@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import pickle
+import re
 import signal as _signal
 import traceback as _traceback
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from typing import Any
 MESSAGE_LIMIT = 2_000
 TRACEBACK_LIMIT = 20_000
 #: ... and of a message's first line, where it is part of a sentence.
-LINE_LIMIT = 300
+LINE_LIMIT = 160
 
 
 class EndKind(str, enum.Enum):
@@ -72,7 +73,8 @@ class Ending:
         elif self.kind is EndKind.EXITED:
             text = f"exited with code {self.exit_code}"
         elif self.kind is EndKind.RAISED:
-            first_line = self.message.strip().split("\n", 1)[0]
+            # gloo's and NCCL's messages begin with their source file in brackets
+            first_line = re.sub(r"^\[[^\]]*\]\s*", "", self.message.strip().split("\n", 1)[0])
             what = f"{self.error_type}: {first_line[:LINE_LIMIT]}" if first_line else self.error_type
             return f"lost a peer ({what})" if self.collateral else f"raised {what}"
         elif self.kind is EndKind.CANNOT_WORK:

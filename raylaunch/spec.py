@@ -59,7 +59,7 @@ class Timeouts:
     #: Joining the process group, once promoted.
     process_group: float = 300.0
     #: How long to wait for more seats once the minimum is there (torchrun: 30).
-    last_call: float = 2.0
+    last_call: float = 1.0
     #: From asking workers to stop until they are killed (torchrun: 30; `ray job stop` leaves the driver 3).
     stop: float = 10.0
     #: A worker without contact to its coordinator for this long ends itself. Longer than a coordinator's restart (1.7).

@@ -15,6 +15,14 @@ from raylaunch.errors import Ending, EndKind, ending_of
 # The generic text of any death names "the OOM killer" among common causes: only these words mean it.
 _OUT_OF_MEMORY = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor")
 _NODE_LOST = re.compile(r"because its node has died|node died|node is dead", re.IGNORECASE)
+_GONE = (
+    rx.RayActorError,
+    rx.WorkerCrashedError,
+    rx.TaskCancelledError,
+    rx.ObjectLostError,
+    rx.ActorPlacementGroupRemoved,
+    rx.ActorUnschedulableError,
+)
 _NO_MODULE = re.compile(r"No module named '?([\w.]+)'?")
 
 
@@ -31,7 +39,7 @@ def ending_from(error: BaseException) -> Ending:
         return _creation_failed(str(error))
     if isinstance(error, (rx.NodeDiedError, rx.RayActorError)) and _NODE_LOST.search(text):
         return Ending(EndKind.NODE_LOST)
-    if isinstance(error, (rx.RayActorError, rx.WorkerCrashedError, rx.TaskCancelledError, rx.ObjectLostError)):
+    if isinstance(error, _GONE):
         return Ending(EndKind.KILLED)
     if isinstance(error, rx.RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else error

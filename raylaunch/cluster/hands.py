@@ -97,6 +97,8 @@ class Hands:
                 self._post(e.BundlesLost(time.monotonic(), number, f"{type(error).__name__}: {error}"))
         else:
             if number in self._groups:
+                for node in nodes:
+                    self._ensure_agent(node)  # now, so that it watches before a worker can die
                 self._post(e.BundlesPlaced(time.monotonic(), number, nodes))
 
     def release_bundles(self, command: do.ReleaseBundles) -> None:
@@ -258,7 +260,8 @@ class Hands:
 
     def _lost(self, hand: Hand, ending: Ending) -> None:
         """Ray says that a worker is gone. Where an agent watches one that we killed, the agent's word counts."""
-        if hand.killed_at is not None and hand.node in self._agents and ending.kind is not EndKind.UNREACHABLE:
+        node_may_be_gone = ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST)
+        if hand.killed_at is not None and hand.node in self._agents and not node_may_be_gone:
             return
         if hand.lost:
             self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
@@ -277,10 +280,13 @@ class Hands:
         return found
 
     def _watch(self, hand: Hand) -> None:
-        if hand.node not in self._agents:
-            self._agents[hand.node] = Agent(self._new_agent(hand.node))
-            self._go(self._listen(hand.node))
+        self._ensure_agent(hand.node)
         self._agents[hand.node].actor.watch.remote(hand.number, hand.process)
+
+    def _ensure_agent(self, node: str) -> None:
+        if node not in self._agents:
+            self._agents[node] = Agent(self._new_agent(node))
+            self._go(self._listen(node))
 
     def _new_agent(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -293,6 +299,8 @@ class Hands:
             try:
                 for death in await agent.actor.next_deaths.remote():
                     self._died(death)
+            except ray.exceptions.ActorUnschedulableError:  # its node is gone
+                break
             except ray.exceptions.RayActorError:
                 agent.restarts += 1
                 if agent.restarts > AGENT_RESTARTS:

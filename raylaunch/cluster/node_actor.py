@@ -21,9 +21,13 @@ from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.processes import Watch, children_of_run, end_process, ending_from_status, read_last_words
 
 
+#: How long the kernel is asked how a process ended, in seconds.
+EXPLAIN_SECONDS = 1.0
+
+
 @dataclass(frozen=True)
 class Death:
-    """A worker's process is gone."""
+    """A worker's process is gone. Told a second time when the kernel has said how."""
 
     worker: int
     ending: Ending
@@ -46,6 +50,7 @@ class NodeAgent:
         self._processes: dict[int, Process] = {}
         self._deaths: list[tuple[int, Ending, float]] = []
         self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def watch(self, worker: int, process: Process) -> None:
         """Hold on to a worker's process."""
@@ -86,19 +91,35 @@ class NodeAgent:
         return [process.pid for process, gone in zip(left, ended, strict=True) if not gone]
 
     def _note(self, worker: int) -> None:
-        """A watched process is gone: find out how."""
+        """A watched process is gone: say so at once, and how as soon as the kernel tells."""
         at = time.monotonic()
         watch, process = self._watches.pop(worker), self._processes.pop(worker)
         if watch.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(watch.fileno())
-        status = watch.exit_status()
-        watch.close()
+        task = asyncio.get_running_loop().create_task(self._explain(worker, watch, process, at))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _explain(self, worker: int, watch: Watch, process: Process, at: float) -> None:
         ending = read_last_words(self._directory, process)
+        status = watch.exit_status()
+        if ending is None and status is None:
+            self._tell(worker, Ending(EndKind.KILLED), at)
+            # Linux tells the status once the parent, Ray's raylet, has reaped the process: some milliseconds later.
+            until = at + EXPLAIN_SECONDS
+            while status is None and time.monotonic() < until and watch.fileno() >= 0:
+                await asyncio.sleep(0.005)
+                status = watch.exit_status()
+        watch.close()
         if ending is None and status is not None:
             ending = ending_from_status(status)
             if ending.kind is not EndKind.SIGNALED:
                 # train_fn's own ways to leave are noted by the worker. This was Ray, or a library's exit().
                 code = os.waitstatus_to_exitcode(status)
                 ending = Ending(EndKind.KILLED, message=f"its process left with code {code}, which nobody asked for")
-        self._deaths.append((worker, ending or Ending(EndKind.KILLED), at))
+        if ending is not None:
+            self._tell(worker, ending, at)
+
+    def _tell(self, worker: int, ending: Ending, at: float) -> None:
+        self._deaths.append((worker, ending, at))
         self._changed.set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -73,6 +74,7 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
         run_id=spec.run_id,
         coordinator=coordinator,
         payload=(payload,),
+        code_path=_code_path(),
         copied_env=copied_env(os.environ, job.copy_env),
         env=job.env,
         preload=job.preload,
@@ -146,6 +148,16 @@ def _load_exception(pickled: bytes | None) -> BaseException | None:
     except Exception:  # its class isn't importable in the driver
         return None
     return loaded if isinstance(loaded, BaseException) else None
+
+
+def _code_path() -> tuple[str, ...]:
+    """Where the driver finds modules that no installation put there: its script's folder, pytest's, PYTHONPATH's.
+
+    Ray 2.60 gives its workers only the script's folder and the working directory.
+    """
+    installed = (sys.prefix, sys.base_prefix, sys.exec_prefix)
+    paths = (os.path.abspath(path) for path in sys.path)
+    return tuple(path for path in paths if os.path.isdir(path) and not path.startswith(installed))
 
 
 def _log_root() -> str:

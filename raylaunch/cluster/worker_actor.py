@@ -51,6 +51,8 @@ class WorkerConfig:
     coordinator: Any
     #: The pickled function; in a tuple, or Ray would fetch it before the worker starts.
     payload: tuple[Any]
+    #: Where the driver finds its own code; used after everything else, where the path is there on the node too.
+    code_path: tuple[str, ...]
     copied_env: dict[str, str]
     env: dict[str, str]
     preload: tuple[str, ...]
@@ -99,6 +101,7 @@ class WorkerActor:
                 host=self._host,
             )
         )
+        sys.path += [path for path in config.code_path if path not in sys.path and os.path.isdir(path)]
         self._last_words = LastWords(last_words_directory(config.run_id))
         self._store: Any = None
         self._call: Callable[[], Any] | None = None

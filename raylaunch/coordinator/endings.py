@@ -56,11 +56,8 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     if not incident.failures and incident.generation == c.generation:
         incident.returned = tuple(sorted(w.rank for w in live_workers(c) if _returned(w) and w.rank is not None))
     for member in live_workers(c):
-        incident.members_by_node.setdefault(member.node, set()).add(member.id)
+        incident.members[member.id] = failure_of(member, Ending(EndKind.NODE_LOST))
     incident.add(worker.id, failure, c.now)
-    stopping = c.phase is Phase.STOPPING
-    if stopping:
-        return
     end_generation(c)
     if ending.fatal:
         conclude(c, _fatal_sentence(ending))
@@ -71,9 +68,7 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     c.recovering = incident
     incident.told = incident.describe()
     c.tell(f"generation {c.generation} ended: {incident.told}; re-forming", Level.WARNING)
-    spares = [
-        w.id for bundle in c.roster.bundles() for s in bundle.seats if (w := s.spare) and w.state is WorkerState.READY
-    ]
+    spares = [spare.id for spare in c.roster.workers.values() if spare.state is WorkerState.READY]
     if rootcause.may_be_lost_node(ending) and spares:
         _call_roll(c, spares)
     else:

@@ -143,12 +143,14 @@ def worker_lost(c: Coordinator, event: e.WorkerLost) -> None:
     worker = c.roster.workers.get(event.worker)
     if worker is None:
         return c.because("late: the worker is known to be gone")
-    if event.ending.kind is EndKind.UNREACHABLE:
+    if event.ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST):
         c.roster.suspect(worker.node or worker.seat.bundle.node, suspect=True)
     if worker.state is WorkerState.DYING:
-        if event.ending.kind is EndKind.UNREACHABLE:
-            return endings.learnt(c, worker, event.ending)
-        return c.roster.set_state(worker, WorkerState.GONE)
+        if event.ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST):
+            endings.learnt(c, worker, event.ending)
+        if event.ending.kind is not EndKind.UNREACHABLE:
+            c.roster.set_state(worker, WorkerState.GONE)
+        return None
     if worker.state in MEMBER_STATES:
         endings.member_ended(c, worker, event.ending)
     else:

@@ -2,7 +2,8 @@
 
 All seats ready: form at once. The minimum ready: last call; wait for seats that are on their way, but no longer than
 gathering has taken so far (so that a slow file system, which slows all of them, is given its time), and at least
-`timeouts.last_call`. Below the minimum: wait, as long as `timeouts.placement` (no room) and `timeouts.start` (room,
+`timeouts.last_call`; units that Ray has not placed yet are waited for by the first generation only (growth takes them
+in later). Below the minimum: wait, as long as `timeouts.placement` (no room) and `timeouts.start` (room,
 but workers not ready) allow, and say what for.
 """
 
@@ -99,7 +100,7 @@ def _last_call(c: Coordinator) -> None:
     until = c.now
     if c.roster.standings[Standing.COMING]:
         until = g.min_since + max(last_call, g.min_since - g.since)
-    if c.roster.asked > c.roster.reserved + c.roster.minimum_pending:
+    if not c.generation and c.roster.asked > c.roster.reserved + c.roster.minimum_pending:
         until = max(until, g.last_growth_asked + last_call)
     if c.now < until:
         c.wake(until)

@@ -50,8 +50,8 @@ class Incident:
     settle_at: float
     #: By worker, in the order of arrival.
     failures: dict[int, Failure] = field(default_factory=dict)
-    #: Workers of the generation by node, to see when a node is lost as a whole.
-    members_by_node: dict[str, set[int]] = field(default_factory=dict)
+    #: The workers of the generations that ended, as the failures they are if their node is lost.
+    members: dict[int, Failure] = field(default_factory=dict)
     lost_nodes: set[str] = field(default_factory=set)
     #: Ranks that had returned before the first failure.
     returned: tuple[int, ...] = ()
@@ -70,7 +70,9 @@ class Incident:
             self.settle_at = min(self.settle_at, now + WINDOW)
 
     def lose_node(self, node: str, now: float) -> None:
-        """Ray says that the node is dead."""
+        """Ray says that the node is dead: every rank that was there failed with it, whatever was heard of it."""
+        lost = {worker: failure for worker, failure in self.members.items() if failure.node == node}
+        self.failures.update({worker: f for worker, f in lost.items() if worker not in self.failures})
         self.lost_nodes.add(node)
         self.settle_at = min(self.settle_at, now + WINDOW)
 
@@ -95,13 +97,11 @@ class Incident:
 
     def _account(self, worker: int, failure: Failure) -> Failure:
         """The failure, told as a lost node where its whole node went."""
-        node = failure.node
-        if not node or failure.ending.fatal or failure.ending.kind is EndKind.RAISED:
+        if not failure.node or failure.ending.fatal or is_cause(failure.ending):
             return failure
-        on_node = self.members_by_node.get(node, set())
-        unreachable = {w for w in on_node if w in self.failures and self._unreachable(self.failures[w])}
-        whole = bool(on_node) and unreachable == on_node
-        if node in self.lost_nodes or (worker in unreachable and whole):
+        on_node = {number for number, member in self.members.items() if member.node == failure.node}
+        gone = {number for number in on_node if number in self.failures and self._unreachable(self.failures[number])}
+        if failure.node in self.lost_nodes or (worker in gone and gone == on_node):
             return replace(failure, ending=Ending(EndKind.NODE_LOST))
         return failure
 

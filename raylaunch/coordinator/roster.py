@@ -299,7 +299,7 @@ class Roster:
             if state is WorkerState.DYING and worker.process is not None:
                 seat.predecessors.append(worker)
             if state is WorkerState.GONE:
-                del self.workers[worker.id]
+                self.workers.pop(worker.id, None)
                 if worker in seat.predecessors:
                     seat.predecessors.remove(worker)
         if seat.bundle.group.id in self.groups:

@@ -1,0 +1,223 @@
+"""Processes of the operating system: that one is really gone, how it ended, and what it said last.
+
+Called by a worker (about its predecessor), by the node's agent (about the workers of its node) and by tests. Nothing
+but the standard library, Linux's /proc and pidfds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import faulthandler
+import fcntl
+import os
+import re
+import select
+import signal as _signal
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from raylaunch.coordinator.commands import Process
+from raylaunch.errors import Ending, EndKind
+
+#: `struct pidfd_info` as Linux 6.15 knows it: mask, cgroupid, eleven ids, exit_code. Longer ones begin the same way.
+_PIDFD_INFO = struct.Struct("=QQ11Ii")
+_PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
+_PIDFD_INFO_EXIT = 1 << 3
+#: Positions in /proc/PID/stat behind the command's name (`man proc`: fields 3, 22 and 52).
+_STATE, _STARTED, _EXIT_CODE = 0, 19, 49
+
+#: faulthandler's words for the signals that it handles (Python 3.10 to 3.13).
+_FATAL = {
+    "Segmentation fault": _signal.SIGSEGV,
+    "Aborted": _signal.SIGABRT,
+    "Bus error": _signal.SIGBUS,
+    "Illegal instruction": _signal.SIGILL,
+    "Floating point exception": _signal.SIGFPE,
+    "Floating-point exception": _signal.SIGFPE,
+}
+#: How much is read of a file of last words, and of a process's environment, in bytes.
+_LAST_WORDS_LIMIT = 100_000
+_ENVIRON_LIMIT = 4_000_000
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks after boot: with the pid it names one process for ever. None: no such."""
+    fields = _stat(pid)
+    return int(fields[_STARTED]) if fields else None
+
+
+class Watch:
+    """A hold on one process: it can be awaited, signalled and asked how it ended, and is never mistaken for another.
+
+    A process that is gone already has a Watch too: its fileno() is -1. Close it, or use it in a `with`.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._fd = -1
+        try:
+            fd = os.pidfd_open(process.pid)
+        except OSError as error:
+            # No such process, or the number is a thread's by now (EINVAL; ENOENT from Linux 6.15 on).
+            if error.errno not in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+                raise
+            return
+        if start_time(process.pid) == process.started:
+            self._fd = fd
+        else:
+            os.close(fd)
+
+    def fileno(self) -> int:
+        """For pollers: readable when the process has ended, whether or not its parent has noticed. -1: long gone."""
+        return self._fd
+
+    def alive(self) -> bool:
+        """Whether it still runs. A zombie doesn't: it has given back its memory and its GPU."""
+        return not self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended; whether it has."""
+        if self._fd < 0:
+            return True
+        poller = select.poll()
+        poller.register(self._fd, select.POLLIN)
+        return bool(poller.poll(max(0.0, seconds) * 1000))
+
+    def kill(self, signal: int = _signal.SIGKILL) -> None:
+        """Send a signal, if it is still there."""
+        if self._fd >= 0:
+            try:
+                _signal.pidfd_send_signal(self._fd, signal)
+            except ProcessLookupError:
+                return
+
+    def exit_status(self) -> int | None:
+        """The raw status, as os.wait's, when it has ended; None when it hasn't, or the kernel can't say.
+
+        A zombie's stands in /proc. After its parent has taken it, Linux 6.15 and later keep it for those who hold a
+        pidfd from before; a raylet takes its workers within milliseconds.
+        """
+        if self._fd < 0 or self.alive():
+            return None
+        fields = _stat(self._process.pid)
+        if fields and fields[_STATE] in (b"Z", b"X") and int(fields[_STARTED]) == self._process.started:
+            return int(fields[_EXIT_CODE])
+        info = bytearray(_PIDFD_INFO.size)
+        struct.pack_into("=Q", info, 0, _PIDFD_INFO_EXIT)
+        try:
+            fcntl.ioctl(self._fd, _PIDFD_GET_INFO, info)
+        except OSError:  # an older kernel
+            return None
+        mask, *_, status = _PIDFD_INFO.unpack(info)
+        return int(status) if mask & _PIDFD_INFO_EXIT else None
+
+    def close(self) -> None:
+        """Let go."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Watch:  # noqa: PYI034 - typing.Self came with Python 3.11
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def ending_from_status(status: int) -> Ending:
+    """What a raw exit status says: returned (0), exited, or ended by a signal."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return Ending(EndKind.SIGNALED, signal=-code)
+    return Ending(EndKind.EXITED, exit_code=code) if code else Ending(EndKind.RETURNED)
+
+
+def end_process(process: Process, seconds: float) -> bool:
+    """SIGKILL, which also ends a stopped process, and wait; whether it is gone (or was never there)."""
+    with Watch(process) as watch:
+        watch.kill()
+        return watch.wait(seconds)
+
+
+def children_of_run(run_id: str) -> list[tuple[int, int]]:
+    """Processes (pid, started) of this user that were started with RAYLAUNCH_RUN_ID=run_id, this one left out.
+
+    /proc shows the environment that a program was started with. A Python process that set the variable itself, as a
+    worker does, is therefore not found, nor are its forks; the programs that they start are.
+    """
+    wanted = f"\0RAYLAUNCH_RUN_ID={run_id}\0".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        pid = int(entry.name)
+        started = start_time(pid)
+        try:
+            with (entry / "environ").open("rb") as file:
+                matches = wanted in b"\0" + file.read(_ENVIRON_LIMIT)
+        except OSError:  # gone meanwhile, or somebody else's
+            continue
+        if matches and started is not None and started == start_time(pid):
+            found.append((pid, started))
+    return found
+
+
+class LastWords:
+    """Has this process write down how it ends, where only it can know: os._exit's code, a crash's Python stack.
+
+    One file per process in a node-local directory. Forked children inherit os and faulthandler, and multiprocessing's
+    (DataLoader workers) end with os._exit: what they do is not this process's ending and is not written.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._pid = os.getpid()
+        self._leave = os._exit
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        path = _last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
+        # Kept open: neither a full descriptor table nor a signal handler should have to open it at the end.
+        self._file = path.open("wb", buffering=0)
+        # One thread only, as Ray does: the others' frames are read without the GIL.
+        faulthandler.enable(self._file, all_threads=False)
+        os.register_at_fork(after_in_child=self._in_child)
+        os._exit = self.exit
+
+    def exit(self, status: int, reason: str = "os._exit") -> NoReturn:
+        """os._exit from now on: write it down, then end at once."""
+        if os.getpid() == self._pid:
+            with contextlib.suppress(OSError):  # a full disk must not keep it from ending
+                self._file.write(f"raylaunch: exit {status}: {reason}\n".encode())
+        self._leave(status)
+
+    def _in_child(self) -> None:
+        with contextlib.suppress(ValueError):  # no stderr
+            faulthandler.enable(2, all_threads=False)
+
+
+def read_last_words(directory: str, process: Process) -> Ending | None:
+    """How a process said that it ends; None when it said nothing, which is usual."""
+    try:
+        with _last_words_path(directory, process).open("rb") as file:
+            text = file.read(_LAST_WORDS_LIMIT).decode(errors="replace")
+    except OSError:
+        return None
+    crash = re.search(r"Fatal Python error: (.*)", text)
+    if crash and crash[1] in _FATAL:
+        return Ending(EndKind.SIGNALED, signal=int(_FATAL[crash[1]]), traceback=text[crash.start() :])
+    note = re.search(r"raylaunch: exit (-?\d+): (.*)", text)
+    return Ending(EndKind.EXITED, exit_code=int(note[1]) & 0xFF, message=note[2]) if note else None
+
+
+def _last_words_path(directory: str, process: Process) -> Path:
+    return Path(directory) / f"{process.pid}-{process.started}.txt"
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the third on; empty when there is no such process."""
+    try:
+        data = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return []
+    return data[data.rindex(b")") + 2 :].split()  # the command's name may hold spaces and parentheses

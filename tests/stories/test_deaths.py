@@ -1,0 +1,206 @@
+"""Workers die, in every way they can; the group re-forms, and the cause that is told is the injected one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import raylaunch
+from raylaunch import EndKind, RunFailedError
+
+
+def all_reduce() -> float:
+    import torch
+    import torch.distributed as dist
+
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    return ones.item()
+
+
+def train_until(gate: Path, harm: str = "") -> tuple[int, int, int]:
+    """Steps until the gate file is there; rank 1 of the first generation does harm to itself at step 3."""
+    context = raylaunch.get_context()
+    step = 0
+    while True:
+        step += 1
+        if step == 3 and context.rank == 1 and context.generation == 1 and harm:
+            HARM[harm]()
+        # all ranks leave at the same step
+        open_gate = all_reduce_any(gate.exists() or bool(harm and context.generation > 1))
+        if open_gate:
+            return context.rank, context.world_size, context.generation
+        time.sleep(0.01)
+
+
+def all_reduce_any(mine: bool) -> bool:
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor([float(mine)])
+    dist.all_reduce(flag)
+    return bool(flag.item())
+
+
+class NeedsArguments(Exception):
+    def __init__(self, code, *, reason):
+        super().__init__(f"{code}: {reason}")
+        self.code, self.reason = code, reason
+
+
+class HoldsALock(Exception):
+    def __init__(self):
+        import threading
+
+        super().__init__("holds a lock")
+        self.lock = threading.Lock()
+
+
+def raise_value_error():
+    raise ValueError("no such column")
+
+
+def raise_with_required_arguments():
+    raise NeedsArguments(5, reason="because")
+
+
+def raise_unpicklable():
+    raise HoldsALock
+
+
+def raise_keyboard_interrupt():
+    raise KeyboardInterrupt
+
+
+HARM = {
+    "raise": raise_value_error,
+    "required arguments": raise_with_required_arguments,
+    "unpicklable": raise_unpicklable,
+    "KeyboardInterrupt": raise_keyboard_interrupt,
+    "sys.exit(3)": lambda: sys.exit(3),
+    "os._exit(7)": lambda: os._exit(7),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGSEGV": lambda: ctypes.string_at(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("raise", "raised ValueError: no such column"),
+        ("required arguments", "NeedsArguments: 5: because"),
+        ("unpicklable", "HoldsALock: holds a lock"),
+        ("KeyboardInterrupt", "raised KeyboardInterrupt"),
+        ("sys.exit(3)", "exited with code 3"),
+        ("os._exit(7)", "exited with code 7"),
+        ("SIGKILL", "killed by SIGKILL"),
+        ("SIGTERM", "killed by SIGTERM"),
+        ("SIGSEGV", "killed by SIGSEGV"),
+    ],
+)
+def test_whichever_way_a_rank_ends_the_group_re_forms_and_the_true_cause_is_told(one_node, start, gate, harm, told):
+    run = start(train_until, args=(gate("open"), harm), num_workers=2)
+    result = run.result()
+    assert list(result) == [(0, 2, 2), (1, 2, 2)]
+    assert result.restarts == 1
+    (recovery,) = result.recoveries
+    assert told in recovery.cause
+    assert "rank 1" in recovery.cause
+    (pid,) = {event["pid"] for event in run.events("WorkerStarted") if f"pid {event['pid']})" in recovery.cause}
+    assert pid
+
+
+def test_the_error_of_a_failed_run_is_the_users_own_and_says_where_it_came_from(one_node, start, gate):
+    run = start(train_until, args=(gate("open"), "raise"), num_workers=2, max_restarts=0)
+    error = run.error()
+    assert isinstance(error, ValueError)
+    assert isinstance(error, RunFailedError)
+    assert isinstance(error.__cause__, ValueError)
+    assert str(error.__cause__) == "no such column"
+    assert error.root_cause.rank == 1
+    assert error.root_cause.ending.kind is EndKind.RAISED
+    assert error.root_cause.node == one_node.nodes[0].node_id
+    assert "in raise_value_error" in str(error)  # the remote traceback
+    assert "raylaunch/worker" not in str(error)  # ... without the launcher's own frames
+    assert "max_restarts=0" in str(error)
+    assert str(run.journal) in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, ValueError)
+    assert str(again) == str(error)
+
+
+def test_an_exception_with_required_arguments_still_becomes_a_readable_error(one_node, start, gate):
+    error = start(train_until, args=(gate("open"), "required arguments"), num_workers=2, max_restarts=0).error()
+    assert isinstance(error, RunFailedError)
+    assert "5: because" in str(error)
+    assert pickle.loads(pickle.dumps(error)).root_cause == error.root_cause
+
+
+def test_a_killed_rank_without_restarts_left_is_a_failure_with_its_signal(one_node, start, gate):
+    run = start(train_until, args=(gate("open"), "SIGKILL"), num_workers=2, max_restarts=0)
+    error = run.error()
+    assert error.root_cause.ending.kind is EndKind.SIGNALED
+    assert error.root_cause.ending.signal == signal.SIGKILL
+    assert error.root_cause.rank == 1
+
+
+def exits_with_success():
+    sys.exit(0)
+
+
+def test_sys_exit_0_is_success_with_the_value_none(one_node, start):
+    assert list(start(exits_with_success, num_workers=2).result()) == [None, None]
+
+
+def raises_everywhere():
+    raise LookupError("the data is not there")
+
+
+def test_the_same_exception_on_all_ranks_is_one_failure(one_node, start):
+    error = start(raises_everywhere, num_workers=3, max_restarts=1).error()
+    assert isinstance(error, LookupError)
+    assert error.root_cause.generation == 2  # one was charged for the first generation, not three
+
+
+def test_an_exception_named_in_no_retry_ends_the_run_at_once(one_node, start):
+    error = start(raises_everywhere, num_workers=2, max_restarts=5, no_retry=(LookupError,)).error()
+    assert isinstance(error, LookupError)
+    assert error.root_cause.generation == 1
+    assert "no_retry" in str(error)
+
+
+def test_with_a_warm_spare_a_killed_rank_is_replaced_by_it(one_node, start, gate):
+    run = start(train_until, args=(gate("open"),), num_workers=2, spares="auto")
+    before = run.running(spares=2)
+    one_node.kill_worker(run.id, 1)
+    after = run.running(generation=2)
+    gate("open").touch()
+    result = run.result()
+    assert list(result) == [(0, 2, 2), (1, 2, 2)]
+    assert "killed by SIGKILL" in result.recoveries[0].cause
+    # Every rank runs in a new process, and in one that was there before the kill.
+    assert not {m.process for m in before.members.values()} & {m.process for m in after.members.values()}
+    kill = run.events("WorkerLost")[0]
+    started = {event["pid"]: event["at"] for event in run.events("WorkerStarted")}
+    assert all(started[m.process.pid] < kill["at"] for m in after.members.values())
+
+
+def test_a_second_kill_right_after_the_recovery_is_one_more_recovery(one_node, start, gate):
+    run = start(train_until, args=(gate("open"),), num_workers=2)
+    run.running()
+    one_node.kill_worker(run.id, 0)
+    run.running(generation=2)
+    one_node.kill_worker(run.id, 1)
+    run.running(generation=3)
+    gate("open").touch()
+    result = run.result()
+    assert result.restarts == 2
+    assert ["rank 0" in result.recoveries[0].cause, "rank 1" in result.recoveries[1].cause] == [True, True]
