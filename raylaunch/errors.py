@@ -119,6 +119,9 @@ class Failure:
         return f"{who}{where} {self.ending.describe()}{' while ' + self.phase if self.phase else ''}"
 
 
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by Python code
+
+
 class RaylaunchError(Exception):
     """The base of everything that raylaunch raises on purpose."""
 
@@ -154,7 +157,10 @@ class RunFailedError(RaylaunchError):
     # Own __new__, __init__, __str__ and __reduce__, never cooperative ones: the dynamic subclass below has a second
     # base whose constructor may want required arguments (UnicodeDecodeError, CalledProcessError).
     def __new__(cls, *_args: Any, **_kwargs: Any) -> RunFailedError:  # noqa: PYI034, D102 - one type for all of them
-        return Exception.__new__(cls)
+        # The nearest type that is written in C: OSError, for one, insists on its own __new__.
+        built_in = next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
+        made: RunFailedError = built_in.__new__(cls)
+        return made
 
     def __init__(
         self,

@@ -78,6 +78,10 @@ class Run:
         assert "error" in self._outcome, f"the run succeeded: {self._outcome}"
         return self._outcome["error"]
 
+    def wait_for_event(self, name: str, count: int = 1) -> dict[str, Any]:
+        """Wait until the journal holds so many events of one kind; returns the last."""
+        return eventually(lambda: len(found := self.events(name)) >= count and found[-1], f"{name} in {self.journal}")
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """The journal's events of one kind."""
         return [line for line in journal_lines(self.journal) if line.get("event") == name]

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import ray.cloudpickle
 
 from raylaunch.cluster.coordinator_actor import start_coordinator
 from raylaunch.cluster.shell import Shell
-from raylaunch.cluster.shipping import ship
+from raylaunch.cluster.shipping import pack
 from raylaunch.cluster.worker_actor import WorkerConfig, versions
 from raylaunch.coordinator.commands import Finish, Outcome
 from raylaunch.errors import ConfigError, PlacementTimeout, RunFailedError, RunStopped, run_failed
@@ -36,28 +36,30 @@ STOP_SLACK_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Job:
-    """What the coordinator doesn't need to know: the function, and what its workers are given."""
+    """What the coordinator doesn't need to know: the function, and what its workers are given. As `run` was given it."""
 
     train_fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    no_retry: tuple[type[BaseException], ...]
-    preload: tuple[str, ...]
-    env: dict[str, str]
-    copy_env: tuple[str, ...]
-    runtime_env: dict[str, Any] | None
-    log_dir: str | None
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] | None
+    no_retry: Sequence[type[BaseException]]
+    preload: Sequence[str]
+    env: Mapping[str, str] | None
+    copy_env: Sequence[str]
+    runtime_env: Mapping[str, Any] | None
+    log_dir: str | os.PathLike[str] | None
 
     def check(self) -> None:
         """Refuse what can't work, before anything is started. Raises `ConfigError`."""
         check_call(self.train_fn, self.args, self.kwargs)
-        check_env("env", self.env)
-        for item in self.no_retry:
-            if not (isinstance(item, type) and issubclass(item, BaseException)):
-                raise ConfigError(f"no_retry={self.no_retry!r}: must hold exception types, not {item!r}")
-        for name, items in (("copy_env", self.copy_env), ("preload", self.preload)):
-            if not all(isinstance(item, str) for item in items):
-                raise ConfigError(f"{name}={items!r}: must hold strings")
+        check_env("env", {} if self.env is None else self.env)
+        types = self.no_retry if isinstance(self.no_retry, (tuple, list)) else [None]
+        if not all(isinstance(item, type) and issubclass(item, BaseException) for item in types):
+            raise ConfigError(f"no_retry={self.no_retry!r}: must be a tuple of exception types, as (ValueError,)")
+        for name, items, example in (("copy_env", self.copy_env, "MY_*"), ("preload", self.preload, "torch")):
+            if not isinstance(items, (tuple, list)) or not all(isinstance(item, str) for item in items):
+                raise ConfigError(f"{name}={items!r}: must be a tuple of strings, as ({example!r},)")
+        if self.runtime_env is not None and not isinstance(self.runtime_env, Mapping):
+            raise ConfigError(f"runtime_env={self.runtime_env!r}: must be a dictionary, as Ray's runtime_env")
         if self.log_dir is not None and not isinstance(self.log_dir, (str, os.PathLike)):
             raise ConfigError(f"log_dir={self.log_dir!r}: must be a path")
 
@@ -65,9 +67,10 @@ class Job:
 def launch(spec: RunSpec, job: Job) -> RunResult:
     """Carry a run out. See `raylaunch.run` for what it raises."""
     job.check()
+    packed = pack(job.train_fn, job.args, job.kwargs, tuple(job.no_retry))
     connect()
     spec = replace(spec, versions=versions())
-    payload = ship(job.train_fn, job.args, job.kwargs, job.no_retry)
+    payload = ray.put(packed)
     in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
     coordinator = start_coordinator(spec.run_id, spec.timeouts, owns_job=not in_ray_worker)
     config = WorkerConfig(
@@ -75,9 +78,9 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
         coordinator=coordinator,
         payload=(payload,),
         code_path=_code_path(),
-        copied_env=copied_env(os.environ, job.copy_env),
-        env=job.env,
-        preload=job.preload,
+        copied_env=copied_env(os.environ, tuple(job.copy_env)),
+        env=dict(job.env or {}),
+        preload=tuple(job.preload),
         cpus_per_worker=spec.resources_per_worker.get("CPU", 1.0),
         use_gpu=bool(spec.gpus_per_worker),
         virtual_local_rank=spec.virtual_local_rank,
@@ -88,7 +91,7 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
     )
     journal = Journal(os.path.join(job.log_dir or _log_root(), spec.run_id, "journal.jsonl"), spec.run_id)
     logger.info("run %s: journal %s", spec.run_id, journal.path)
-    shell = Shell(spec, journal, coordinator, config, job.runtime_env)
+    shell = Shell(spec, journal, coordinator, config, dict(job.runtime_env or {}))
     shell.start()
     try:
         finish = shell.wait()

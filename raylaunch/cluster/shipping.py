@@ -39,10 +39,13 @@ class _Unpickler(pickle.Unpickler):
         return self._references[number]
 
 
-def ship(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], no_retry: payload.NoRetry
-) -> Any:
-    """Put the function and its arguments into the object store; returns the reference. Raises `ConfigError`."""
+def pack(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None, no_retry: payload.NoRetry
+) -> tuple[bytes, list[Any]]:
+    """The function and its arguments, ready for the object store: the pickle, and the references in it.
+
+    Raises `ConfigError`. Needs no connection to Ray, so that what can't be pickled is refused before anything starts.
+    """
     references: list[Any] = []
 
     def dumps(value: Any) -> bytes:
@@ -50,10 +53,10 @@ def ship(
         _Pickler(file, references).dump(value)
         return file.getvalue()
 
-    return ray.put((payload.dump(function, args, kwargs, dumps, no_retry), references))
+    return payload.dump(function, args, kwargs, dumps, no_retry), references
 
 
 def unpack(reference: Any) -> tuple[Callable[[], Any], payload.NoRetry]:
-    """The call that `ship` was given, and the `no_retry` types. Raises `PayloadError`."""
+    """The call that `pack` was given, and the `no_retry` types. Raises `PayloadError`."""
     data, references = ray.get(reference)
     return payload.load(data, lambda pickled: _Unpickler(io.BytesIO(pickled), references).load())

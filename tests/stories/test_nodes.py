@@ -1,0 +1,153 @@
+"""Nodes go and come: the run shrinks at once to what is left, grows when there is room, and waits below the minimum."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from steps import step_until
+
+import raylaunch
+from raylaunch import Timeouts
+
+
+def node_ids(status) -> list[str]:
+    return [status.members[rank].node for rank in sorted(status.members)]
+
+
+def other_node(cluster):
+    """A node that is not the driver's."""
+    return cluster.nodes[-1]
+
+
+def test_a_lost_node_shrinks_the_run_at_once_and_a_new_one_lets_it_grow(two_nodes, start, gate):
+    run = start(
+        step_until,
+        args=(gate("enough"),),
+        num_workers=(2, 4),
+        spares="auto",
+        timeouts=Timeouts(min_generation_age=0),
+    )
+    full = run.running(spares=4)
+    assert len(set(node_ids(full))) == 2
+    two_nodes.kill_node(other_node(two_nodes))
+    shrunk = run.running(generation=2)
+    assert len(shrunk.members) == 2
+    assert set(node_ids(shrunk)) == {two_nodes.nodes[0].node_id}
+    two_nodes.add_node()
+    grown = run.running(generation=3)
+    assert len(grown.members) == 4
+    assert len(set(node_ids(grown))) == 2
+    gate("enough").touch()
+    result = run.result()
+    assert [rank for rank, _, _ in result] == [0, 1, 2, 3]
+    (recovery,) = result.recoveries
+    assert recovery.world_size == 2
+    assert "node" in recovery.cause
+    assert "lost with ranks" in recovery.cause
+    assert result.restarts == 1  # the lost node is one failure; growth is free
+
+
+def test_without_spares_a_lost_node_shrinks_the_run_too(two_nodes, start, gate):
+    run = start(step_until, args=(gate("enough"),), num_workers=(2, 4), grow=False)
+    run.running()
+    two_nodes.kill_node(other_node(two_nodes))
+    shrunk = run.running(generation=2)
+    assert len(shrunk.members) == 2
+    two_nodes.add_node()
+    gate("enough").touch()
+    assert len(run.result()) == 2
+
+
+def test_a_fixed_run_waits_for_room_and_goes_on_when_a_node_has_come(two_nodes, start, gate):
+    run = start(step_until, args=(gate("enough"),), num_workers=4)
+    run.running()
+    two_nodes.kill_node(other_node(two_nodes))
+    run.wait_for_event("NodeLost")
+    two_nodes.add_node()
+    again = run.running(generation=2)
+    assert len(again.members) == 4
+    gate("enough").touch()
+    result = run.result()
+    assert "lost with ranks" in result.recoveries[0].cause
+
+
+def test_below_the_minimum_the_run_fails_with_a_reason_when_no_room_comes(two_nodes, start, gate):
+    run = start(step_until, args=(gate("enough"),), num_workers=4, timeouts=Timeouts(placement=6))
+    run.running()
+    two_nodes.kill_node(other_node(two_nodes))
+    error = run.error()
+    two_nodes.add_node()
+    assert isinstance(error, raylaunch.PlacementTimeout)
+    text = str(error)
+    assert "timeouts.placement" in text
+    assert "wanted: 4 x {CPU: 1}" in text
+    assert two_nodes.nodes[0].node_id[:8] in text
+    assert "lost with ranks" in text
+
+
+def test_growth_waits_while_another_jobs_group_waits(two_nodes, start, gate):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    blocker = placement_group([{"CPU": 1}], strategy="PACK", name="somebody-s")
+    ray.get(blocker.ready())
+    gang = None
+    try:
+        run = start(
+            step_until, args=(gate("enough"),), num_workers=(2, 4), timeouts=Timeouts(min_generation_age=0, last_call=0)
+        )
+        assert len(run.running().members) == 3
+        gang = placement_group([{"CPU": 1}] * 2, name="somebody-s-gang")  # needs more than the one that gets free
+        run.wait_for_event("OthersWaiting")
+        remove_placement_group(blocker)
+        with pytest.raises(ray.exceptions.GetTimeoutError):
+            ray.get(gang.ready(), timeout=2)
+        assert len(run.running().members) == 3  # the freed CPU was left alone
+    finally:
+        if gang is not None:
+            remove_placement_group(gang)
+    assert len(run.running(generation=2).members) == 4
+    gate("enough").touch()
+    assert run.result().restarts == 0
+
+
+def test_a_drained_node_is_left_without_a_charge(two_nodes, start, gate):
+    run = start(step_until, args=(gate("enough"),), num_workers=(2, 4), spares="auto", grow=False)
+    run.running()
+    drained = other_node(two_nodes)
+    two_nodes.drain_node(drained, seconds=60)
+    moved = run.running(generation=2)
+    assert drained.node_id not in node_ids(moved)
+    gate("enough").touch()
+    result = run.result()
+    assert result.restarts == 0
+    assert not result.recoveries
+    two_nodes.kill_node(drained)
+    two_nodes.add_node()
+
+
+def test_workers_per_node_spreads_the_units_over_different_nodes(two_nodes, start, gate):
+    run = start(step_until, args=(gate("enough"),), num_workers=2, workers_per_node=1)
+    assert len(set(node_ids(run.running()))) == 2
+    gate("enough").touch()
+    assert len(run.result()) == 2
+
+
+def test_a_generation_younger_than_its_least_age_is_not_ended_in_order_to_grow(two_nodes, start, gate):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    blocker = placement_group([{"CPU": 1}], name="somebody-s")
+    ray.get(blocker.ready())
+    age = 6.0
+    run = start(
+        step_until, args=(gate("enough"),), num_workers=(2, 4), timeouts=Timeouts(min_generation_age=age, last_call=0)
+    )
+    run.running()
+    formed = time.monotonic()
+    remove_placement_group(blocker)
+    run.running(generation=2)
+    assert time.monotonic() - formed > age - 1.0
+    gate("enough").touch()
+    assert len(run.result()) == 4
