@@ -98,13 +98,13 @@ def run(
 
     job = Job(
         train_fn=train_fn,
-        args=tuple(args),
-        kwargs=dict(kwargs or {}),
-        no_retry=tuple(no_retry),
-        preload=tuple(preload),
-        env=dict(env or {}),
-        copy_env=tuple(copy_env),
-        runtime_env=dict(runtime_env) if runtime_env is not None else None,
+        args=args,
+        kwargs=kwargs,
+        no_retry=no_retry,
+        preload=preload,
+        env=env,
+        copy_env=copy_env,
+        runtime_env=runtime_env,
         log_dir=log_dir,
     )
     return launch(spec, job)

@@ -158,7 +158,7 @@ class RunFailedError(RaylaunchError):
     # base whose constructor may want required arguments (UnicodeDecodeError, CalledProcessError).
     def __new__(cls, *_args: Any, **_kwargs: Any) -> RunFailedError:  # noqa: PYI034, D102 - one type for all of them
         # The nearest type that is written in C: OSError, for one, insists on its own __new__.
-        built_in = next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
+        built_in: Any = next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
         made: RunFailedError = built_in.__new__(cls)
         return made
 

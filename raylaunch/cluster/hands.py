@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,8 @@ logger = logging.getLogger("raylaunch")
 #: At the end of a run: how long processes may take to be gone after SIGKILL, and how long an agent may take to say so.
 END_SECONDS = 3.0
 AGENT_SECONDS = 5.0
+#: How long an agent may take to kill workers before Ray is asked to, in seconds.
+AGENT_KILL_SECONDS = 0.5
 #: A node agent that died is started again after this pause, in seconds, and this often.
 AGENT_RESTART_SECONDS = 1.0
 AGENT_RESTARTS = 5
@@ -48,8 +49,9 @@ class Hand:
     node: str = ""
     process: do.Process | None = None
     exception: Any = None  # a reference to its pickled exception
-    killed_at: float | None = None
-    lost: bool = False
+    killed: bool = False  # by us
+    lost: bool = False  # and the coordinator knows
+    unasked: bool = False  # lost before we killed it
 
 
 @dataclass(eq=False)
@@ -124,7 +126,7 @@ class Hands:
     async def _start(self, hand: Hand, command: do.StartWorker, made: asyncio.Future[PlacementGroup]) -> None:
         try:
             group = await made
-            if hand.killed_at is not None:
+            if hand.killed:
                 return self._lost(hand, Ending(EndKind.KILLED))
             where = placement.in_bundle(group, command.bundle)
             hand.actor = self._worker_class.options(**self._worker_options, scheduling_strategy=where).remote(
@@ -240,13 +242,25 @@ class Hands:
     def kill_workers(self, command: do.KillWorkers) -> None:
         """End workers at once; `WorkerLost` follows when they are known to be gone."""
         for worker in command.workers:
-            hand = self._hands[worker]
-            hand.killed_at = time.monotonic()
-            if hand.actor is not None:
-                ray.kill(hand.actor)
-        # Ray's kill doesn't reach a stopped process; its node's agent does.
-        for node, workers in self._by_node(command.workers).items():
-            self._agents[node].actor.kill.remote(workers)
+            self._hands[worker].killed = True
+        by_node = self._by_node(command.workers)
+        watched = {worker for workers in by_node.values() for worker in workers}
+        for node, workers in by_node.items():
+            self._go(self._kill_watched(node, workers))
+        self._kill_by_ray([worker for worker in command.workers if worker not in watched])
+
+    async def _kill_watched(self, node: str, workers: list[int]) -> None:
+        """The agent kills first: its SIGKILL reaches a stopped process too, and it sees who was dead before."""
+        answer = self._agents[node].actor.kill.remote(workers)
+        with contextlib.suppress(Exception):  # the node may be gone
+            await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_KILL_SECONDS)
+        self._kill_by_ray(workers)
+
+    def _kill_by_ray(self, workers: list[int]) -> None:
+        for worker in workers:
+            actor = self._hands[worker].actor
+            if actor is not None:
+                ray.kill(actor)
 
     async def exception_of(self, worker: int, seconds: float) -> bytes | None:
         """The pickled exception of a worker that raised, if there is one."""
@@ -261,12 +275,13 @@ class Hands:
     def _lost(self, hand: Hand, ending: Ending) -> None:
         """Ray says that a worker is gone. Where an agent watches one that we killed, the agent's word counts."""
         node_may_be_gone = ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST)
-        if hand.killed_at is not None and hand.node in self._agents and not node_may_be_gone:
+        if hand.killed and hand.node in self._agents and not node_may_be_gone:
             return
         if hand.lost:
             self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
         else:
             hand.lost = ending.kind is not EndKind.UNREACHABLE
+            hand.unasked = hand.lost and not hand.killed
             self._post(e.WorkerLost(time.monotonic(), hand.number, ending))
 
     # -- node agents -------------------------------------------------------------------------------------------------
@@ -313,16 +328,15 @@ class Hands:
         self._agents.pop(node, None)
 
     def _died(self, death: Death) -> None:
+        """An agent's news. A worker that was lost before we killed it, or dying when we came to, ended by itself."""
         hand = self._hands[death.worker]
-        now = time.monotonic()
-        # We kill with SIGKILL, Ray with SIGTERM or an exit that leaves no last words: anything else was before us.
-        ours = death.ending.kind is EndKind.KILLED or death.ending.signal in (signal.SIGKILL, signal.SIGTERM)
-        by_itself = hand.killed_at is None or not ours or now - death.age < hand.killed_at
-        if by_itself and (hand.lost or hand.killed_at is not None):
-            self._post(e.EndingLearnt(now, hand.number, death.ending))
+        by_itself = hand.unasked or not death.killed
+        if by_itself and (hand.lost or hand.killed):
+            self._post(e.EndingLearnt(time.monotonic(), hand.number, death.ending))
         if not hand.lost:
             hand.lost = True
-            self._post(e.WorkerLost(now, hand.number, death.ending if by_itself else Ending(EndKind.KILLED)))
+            ending = death.ending if by_itself else Ending(EndKind.KILLED)
+            self._post(e.WorkerLost(time.monotonic(), hand.number, ending))
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,8 @@ class Death:
 
     worker: int
     ending: Ending
-    #: How long ago, in seconds.
-    age: float
+    #: Whether this agent had been asked to kill it, and found it alive then.
+    killed: bool
 
 
 def last_words_directory(run_id: str) -> str:
@@ -48,7 +48,8 @@ class NodeAgent:
         self._directory = last_words_directory(run_id)
         self._watches: dict[int, Watch] = {}
         self._processes: dict[int, Process] = {}
-        self._deaths: list[tuple[int, Ending, float]] = []
+        self._killed: set[int] = set()
+        self._deaths: list[Death] = []
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -66,8 +67,7 @@ class NodeAgent:
         await self._changed.wait()
         self._changed.clear()
         deaths, self._deaths = self._deaths, []
-        now = time.monotonic()
-        return [Death(worker, ending, now - at) for worker, ending, at in deaths]
+        return deaths
 
     async def ask_to_stop(self, workers: list[int]) -> None:
         """SIGTERM to workers' processes."""
@@ -76,10 +76,12 @@ class NodeAgent:
                 self._watches[worker].kill(signal.SIGTERM)
 
     async def kill(self, workers: list[int]) -> None:
-        """SIGKILL to workers' processes, stopped ones too."""
+        """SIGKILL to workers' processes, stopped ones too. One that was dying already dies of something else."""
         for worker in workers:
-            if worker in self._watches:
-                self._watches[worker].kill(signal.SIGKILL)
+            watch = self._watches.get(worker)
+            if watch is not None and not watch.doomed():
+                self._killed.add(worker)
+                watch.kill(signal.SIGKILL)
 
     async def end(self, seconds: float) -> list[int]:
         """End everything of the run on this node, bounded; returns the pids that would not go."""
@@ -92,21 +94,20 @@ class NodeAgent:
 
     def _note(self, worker: int) -> None:
         """A watched process is gone: say so at once, and how as soon as the kernel tells."""
-        at = time.monotonic()
         watch, process = self._watches.pop(worker), self._processes.pop(worker)
         if watch.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(watch.fileno())
-        task = asyncio.get_running_loop().create_task(self._explain(worker, watch, process, at))
+        task = asyncio.get_running_loop().create_task(self._explain(worker, watch, process))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _explain(self, worker: int, watch: Watch, process: Process, at: float) -> None:
+    async def _explain(self, worker: int, watch: Watch, process: Process) -> None:
         ending = read_last_words(self._directory, process)
         status = watch.exit_status()
         if ending is None and status is None:
-            self._tell(worker, Ending(EndKind.KILLED), at)
+            self._tell(worker, Ending(EndKind.KILLED))
             # Linux tells the status once the parent, Ray's raylet, has reaped the process: some milliseconds later.
-            until = at + EXPLAIN_SECONDS
+            until = time.monotonic() + EXPLAIN_SECONDS
             while status is None and time.monotonic() < until and watch.fileno() >= 0:
                 await asyncio.sleep(0.005)
                 status = watch.exit_status()
@@ -118,8 +119,8 @@ class NodeAgent:
                 code = os.waitstatus_to_exitcode(status)
                 ending = Ending(EndKind.KILLED, message=f"its process left with code {code}, which nobody asked for")
         if ending is not None:
-            self._tell(worker, ending, at)
+            self._tell(worker, ending)
 
-    def _tell(self, worker: int, ending: Ending, at: float) -> None:
-        self._deaths.append((worker, ending, at))
+    def _tell(self, worker: int, ending: Ending) -> None:
+        self._deaths.append(Death(worker, ending, worker in self._killed))
         self._changed.set()

@@ -92,8 +92,8 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
     journal = Journal(os.path.join(job.log_dir or _log_root(), spec.run_id, "journal.jsonl"), spec.run_id)
     logger.info("run %s: journal %s", spec.run_id, journal.path)
     shell = Shell(spec, journal, coordinator, config, dict(job.runtime_env or {}))
-    shell.start()
     try:
+        shell.start()
         finish = shell.wait()
     except BaseException as interrupt:  # Ctrl-C, SIGTERM (Ray makes it a SystemExit), a notebook's interrupt
         _stop(shell, spec, f"{type(interrupt).__name__} in the driver")
@@ -104,7 +104,8 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
 
 def connect() -> None:
     """Use the session that is there, or connect as Ray does by itself."""
-    if os.environ.get("RAY_ADDRESS", "").startswith("ray://") or ray.util.client.ray.is_connected():
+    by_address = not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "").startswith("ray://")
+    if by_address or ray.util.client.ray.is_connected():
         raise ConfigError(
             "a Ray Client address (ray://) can't carry a run: the driver must live in the cluster; use"
             " `ray job submit -- python your_script.py`"

@@ -39,6 +39,8 @@ from raylaunch.worker.processes import LastWords, end_process, start_time
 
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
+#: ... and before that, this long to be ended by the node's agent, which sees how it ended.
+PREDECESSOR_PATIENCE = 0.2
 #: Niceness of a spare's imports while training goes on.
 GENTLE = 10
 
@@ -149,7 +151,7 @@ class WorkerActor:
         """Become a rank: environment, device, function, process group. None, or how it failed."""
         config = self._config
         for process in assignment.predecessors:
-            end_process(process, PREDECESSOR_SECONDS)
+            end_process(process, PREDECESSOR_SECONDS, patience=PREDECESSOR_PATIENCE)
         os.environ.update(
             worker_env.rank_env(
                 assignment,
@@ -188,13 +190,15 @@ class WorkerActor:
         ending, self._value, pickled = run_function(self._call, no_retry=self._no_retry, dumps=ray.cloudpickle.dumps)
         if self._terminated and ending.kind is EndKind.EXITED:
             ending = Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
-        if ending.kind is EndKind.RETURNED:
-            # A rank that returns early leaves the group, so that peers that wait for it fail at once.
-            process_group.leave()
         return ending, pickled
 
     def collect(self) -> Any:
-        """train_fn's value."""
+        """train_fn's value.
+
+        A rank that returns early leaves the group, so that peers that wait for it fail at once; it does so here,
+        after the coordinator has heard that it returned, so that their failure finds its cause.
+        """
+        process_group.leave()
         return self._value
 
     def _on_sigterm(self, _number: int, _frame: FrameType | None) -> NoReturn:

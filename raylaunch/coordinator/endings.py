@@ -54,7 +54,8 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     failure = failure_of(worker, ending)
     incident = incident_for(c, worker, ending)
     if not incident.failures and incident.generation == c.generation:
-        incident.returned = tuple(sorted(w.rank for w in live_workers(c) if _returned(w) and w.rank is not None))
+        incident.returned = _ranks_in(c, WorkerState.RETURNED, WorkerState.COLLECTED)
+        incident.not_joined = tuple(r for r in _ranks_in(c, WorkerState.JOINING) if r != worker.rank)
     for member in live_workers(c):
         incident.members[member.id] = failure_of(member, Ending(EndKind.NODE_LOST))
     incident.add(worker.id, failure, c.now)
@@ -244,8 +245,8 @@ def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:
     return None
 
 
-def _returned(worker: Worker) -> bool:
-    return worker.state in (WorkerState.RETURNED, WorkerState.COLLECTED)
+def _ranks_in(c: Coordinator, *states: WorkerState) -> tuple[int, ...]:
+    return tuple(worker.rank for worker in live_workers(c) if worker.state in states and worker.rank is not None)
 
 
 def _fatal_sentence(ending: Ending) -> str:

@@ -55,6 +55,8 @@ class Incident:
     lost_nodes: set[str] = field(default_factory=set)
     #: Ranks that had returned before the first failure.
     returned: tuple[int, ...] = ()
+    #: Other ranks that had not joined the group by then.
+    not_joined: tuple[int, ...] = ()
     settled: bool = False
     told: str = ""
 
@@ -91,7 +93,11 @@ class Incident:
             ranks = sorted(f.rank for f in self.failures.values() if f.node == failure.node and f.rank is not None)
             if ranks:
                 text += f" with {_ranks(ranks)}"
-        elif self.returned and strength(failure.ending) == _COLLATERAL:
+        elif strength(failure.ending) < _COLLATERAL:
+            pass
+        elif self.not_joined:
+            text += f"; {_ranks(self.not_joined)} had not joined by then"
+        elif self.returned:
             text += f"; {_ranks(self.returned)} had already returned and left the group"
         return text
 

@@ -16,6 +16,8 @@ from raylaunch.coordinator.phase import Phase
 from raylaunch.errors import EndKind
 from raylaunch.spec import RunSpec
 
+#: A failure of this kind, unless it is collateral, has no other behind it.
+_EXPLAINS_ITSELF = frozenset({EndKind.RAISED, EndKind.EXITED, EndKind.SIGNALED, EndKind.OUT_OF_MEMORY})
 #: After one of these a generation may be smaller than the one before.
 _TROUBLE = (e.WorkerFailed, e.WorkerLost, e.NodeLost, e.BundlesLost, e.PulseMissed, e.EndingLearnt, e.OthersWaiting)
 
@@ -56,6 +58,8 @@ class Witness:
     #: World size of the generation that was ended last, if that was without any failure, in order to grow; 0 otherwise.
     outgrown: int = 0
     draining: bool = False
+    #: The newest generation was ended while running, by a failure that explains itself: it must be charged.
+    owed: bool = False
     stop_requested: bool = False
     finish: c.Finish | None = None
 
@@ -64,6 +68,7 @@ class Witness:
         late = self._is_late(event)
         self._take_in(event)
         self._watch_growth(event, decision)
+        self._watch_budget(event, decision)
         assert decision.generation >= self.generation, "a generation's number fell"
         assert decision.generation <= self.generation + 1, "a generation's number was left out"
         if self.finish is not None:
@@ -96,6 +101,15 @@ class Witness:
             if not killed.isdisjoint(self.members.values()):
                 self.outgrown = len(self.members)
 
+    def _watch_budget(self, event: e.Event, decision: Decision) -> None:
+        """Note when a running generation is ended by a failure that is nobody else's consequence."""
+        if isinstance(event, (e.WorkerFailed, e.WorkerLost)) and decision.before is Phase.RUNNING:
+            seen = self.workers[event.worker]
+            own = event.ending.kind in _EXPLAINS_ITSELF and not event.ending.collateral
+            spared = self.draining or seen.node in self.dead_nodes
+            if own and not spared and decision.after is not Phase.RUNNING and event.worker in self.members.values():
+                self.owed = True
+
     # -- events ------------------------------------------------------------------------------------------------------
 
     def _is_late(self, event: e.Event) -> bool:
@@ -123,7 +137,7 @@ class Witness:
         elif isinstance(event, e.StopRequested):
             self.stop_requested = True
         elif isinstance(event, e.Tick):
-            self.wake = None
+            self.wake = self.wake if self.wake is not None and self.wake > event.at else None
         elif isinstance(event, (e.WorkerStarted, e.WorkerReady, e.WorkerReturned, e.ResultCollected, e.WorkerLost)):
             self._take_in_worker(event, self.workers[event.worker])
 
@@ -203,7 +217,7 @@ class Witness:
             self.workers[worker].killed = True
 
     def _see_WakeAt(self, command: c.WakeAt, event: e.Event) -> None:  # noqa: N802
-        assert command.at > event.at, f"{command} lies in the past at {event.at}"
+        assert command.at > event.at - 1e-6, f"{command} lies in the past at {event.at}"
         self.wake = command.at
 
     def _see_Tell(self, command: c.Tell, _: e.Event) -> None:  # noqa: N802
@@ -246,6 +260,8 @@ class Witness:
         master, first = self.workers[promoted[0][0]], promoted[0][1]
         assert first.restart_count >= self.restarts, "the number of restarts fell"
         assert self.spec.max_restarts < 0 or first.restart_count <= self.spec.max_restarts, "the budget is overdrawn"
+        assert not self.owed or first.restart_count > self.restarts, "a failure of its own was not charged"
+        self.owed = False
         nodes = list(dict.fromkeys(self.workers[w].node for w, _ in promoted))
         on_node = Counter(self.workers[w].node for w, _ in promoted)
         local_ranks: Counter[str] = Counter()

@@ -99,13 +99,36 @@ def run_function(call: Callable[[], Any], *, no_retry: NoRetry = (), dumps: Dump
 
 
 def _sendable(error: BaseException, dumps: Dumps) -> bytes | None:
-    """The pickled exception, proven to load again: many pickle well and don't, for want of their arguments."""
-    try:
-        data = dumps(error)
-        fine = len(data) <= EXCEPTION_LIMIT and isinstance(pickle.loads(data), BaseException)  # noqa: S301 - just made
-    except (Exception, SystemExit):
-        return None
-    return data if fine else None
+    """The pickled exception, proven to load again; None when it can't be sent.
+
+    Many pickle well and don't load, for want of their constructor's arguments: those go in parts.
+    """
+    for form in (error, _Parts(error)):
+        try:
+            data = dumps(form)
+            if len(data) > EXCEPTION_LIMIT:
+                return None
+            if isinstance(pickle.loads(data), BaseException):  # noqa: S301 - just made
+                return data
+        except (Exception, SystemExit):  # noqa: S112 - picklers and constructors raise anything
+            continue
+    return None
+
+
+class _Parts:
+    """An exception on its way, to be put together again without its constructor."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _together, (type(self._error), self._error.args, vars(self._error))
+
+
+def _together(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = cls.__new__(cls, *args)
+    vars(error).update(state)
+    return error
 
 
 def _dumps_at_all(part: Any, dumps: Dumps) -> bool:
