@@ -259,7 +259,7 @@ def _pulse(worker: int, config: WorkerConfig, last_words: LastWords) -> None:
     while True:
         over = time.monotonic() - contact > config.lease
         try:
-            reply = ray.get(config.coordinator.pulse.remote(worker), timeout=5.0)
+            reply = ray.get(config.coordinator.pulse.remote(worker), timeout=min(5.0, config.lease / 2))
             if reply.ended:
                 _end(last_words, "it has been replaced")
             contact, interval = time.monotonic(), reply.interval

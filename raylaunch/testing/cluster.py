@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -70,10 +71,20 @@ class LocalCluster:
 
     def kill_node(self, node: Any) -> None:
         """End a node as a power cut would: its raylet and every worker on it, by SIGKILL, all at once."""
-        raylet = _raylet_pid(node)
-        for pid in (raylet, *_descendants(raylet)):
+        self.kill_nodes([node])
+
+    def kill_nodes(self, nodes: Sequence[Any]) -> None:
+        """End several nodes at the same time."""
+        doomed = list(nodes)
+        pids = [pid for raylet in map(_raylet_pid, doomed) for pid in (raylet, *_descendants(raylet))]
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for node in doomed:
+            self.forget_node(node)
+
+    def forget_node(self, node: Any) -> None:
+        """Clear away what is left of a node that has died."""
         self.nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)  # reaps the raylet, ends its helpers
 

@@ -1,0 +1,134 @@
+"""Only one generation is live: whoever was stopped, cut off or replaced can't report, commit or stay."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+from harness import eventually
+from steps import any_rank, step_until
+from test_coordinator_dies import coordinator_pid
+
+import raylaunch
+from raylaunch import Timeouts
+
+
+def commits_while_current(enough: Path, commits: Path) -> int:
+    """Rank 0 commits after every step, if its generation is the live one: one line of generation and time."""
+    context = raylaunch.get_context()
+    while not any_rank(enough.exists()):
+        if context.rank == 0 and context.is_current():
+            with commits.open("a") as file:
+                file.write(f"{context.generation} {time.monotonic()}\n")
+        time.sleep(0.005)
+    return context.generation
+
+
+def commits_alone(enough: Path, commits: Path) -> int:
+    """The same without a step together, so that a frozen rank that thaws goes straight to its next commit."""
+    context = raylaunch.get_context()
+    while not enough.exists():
+        if context.is_current():
+            with commits.open("a") as file:
+                file.write(f"{context.generation} {os.getpid()} {time.monotonic()}\n")
+        time.sleep(0.005)
+    return context.generation
+
+
+def frozen_tree(node) -> list[psutil.Process]:
+    """A node's raylet and everything below it."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [raylet, *raylet.children(recursive=True)]
+
+
+def test_a_node_that_freezes_is_replaced_and_what_thaws_there_commits_nothing(two_nodes, start, gate):
+    gate("commits").touch()
+    two_nodes.add_node()
+    frozen = two_nodes.nodes[1]
+    run = start(commits_alone, args=(gate("enough"), gate("commits")), num_workers=2, workers_per_node=1)
+    status = run.running()
+    there = next(m for m in status.members.values() if m.node != two_nodes.nodes[0].node_id)
+    frozen = next(node for node in two_nodes.nodes if node.node_id == there.node)
+    pid = there.process.pid
+    processes = frozen_tree(frozen)
+    for process in processes:
+        process.suspend()
+    run.running(generation=2)  # on the node that is left over
+    replaced = time.monotonic()
+    for process in reversed(processes):
+        process.resume()
+    eventually(lambda: not psutil.pid_exists(pid), "the thawed worker is gone")
+    gate("enough").touch()
+    assert list(run.result()) == [2, 2]
+    lines = [line.split() for line in gate("commits").read_text().splitlines()]
+    assert any(line[1] == str(pid) for line in lines), "it had committed before"
+    assert not [line for line in lines if line[1] == str(pid) and float(line[2]) > replaced]
+    two_nodes.forget_node(frozen)
+
+
+def test_a_stopped_rank_is_given_up_when_it_is_silent_for_too_long_and_killed(two_nodes, start, gate):
+    timeouts = Timeouts(lease=1, unresponsive=3)
+    run = start(commits_while_current, args=(gate("enough"), gate("commits")), num_workers=2, timeouts=timeouts)
+    run.running()
+    stopped = two_nodes.pause_worker(run.id, 0)
+    run.running(generation=2)
+    assert not psutil.pid_exists(stopped) or psutil.Process(stopped).status() == psutil.STATUS_ZOMBIE
+    gate("enough").touch()
+    result = run.result()
+    assert list(result) == [2, 2]
+    assert "rank 0" in result.recoveries[0].cause
+    assert "unresponsive" in result.recoveries[0].cause
+    generations = [int(line.split()[0]) for line in gate("commits").read_text().splitlines()]
+    assert generations == sorted(generations)
+
+
+def test_a_short_stop_costs_nothing_but_a_word_of_warning(two_nodes, start, gate, caplog):
+    run = start(step_until, args=(gate("enough"),), num_workers=2, timeouts=Timeouts(lease=1, unresponsive=60))
+    run.running()
+    stopped = two_nodes.pause_worker(run.id, 1)
+    run.wait_for_event("PulseMissed")
+    os.kill(stopped, signal.SIGCONT)
+    gate("enough").touch()
+    result = run.result()
+    assert result.generation == 1
+    assert "rank 1" in caplog.text
+    assert "has sent no pulse" in caplog.text
+
+
+def test_a_worker_without_its_coordinator_for_a_lease_ends_itself_and_the_run_recovers(two_nodes, start, gate):
+    run = start(step_until, args=(gate("enough"),), num_workers=2, timeouts=Timeouts(lease=2))
+    workers = [member.process.pid for member in run.running().members.values()]
+    coordinator = coordinator_pid(two_nodes)
+    os.kill(coordinator, signal.SIGSTOP)
+    try:
+        eventually(lambda: not any(_runs(pid) for pid in workers), "the workers end themselves")
+    finally:
+        os.kill(coordinator, signal.SIGCONT)
+    run.running(generation=2)
+    gate("enough").touch()
+    assert "lease" in run.result().recoveries[0].cause
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_two_nodes_that_die_together_are_one_re_formation(two_nodes, start, gate):
+    while len(two_nodes.nodes) < 3:
+        two_nodes.add_node()
+    run = start(step_until, args=(gate("enough"),), num_workers=(2, 6), placement_strategy="SPREAD", grow=False)
+    assert len(run.running().members) == 6
+    two_nodes.kill_nodes(two_nodes.nodes[1:3])
+    status = run.running(generation=2)
+    assert {member.node for member in status.members.values()} == {two_nodes.nodes[0].node_id}
+    gate("enough").touch()
+    result = run.result()
+    assert result.restarts == 1
+    assert result.recoveries[-1].world_size == 2
+    assert "lost" in result.recoveries[-1].cause
