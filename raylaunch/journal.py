@@ -9,9 +9,11 @@ desk with `raylaunch replay JOURNAL`. Values are encoded by their dataclass fiel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
+import itertools
 import json
 import logging
 import os
@@ -30,16 +32,24 @@ logger = logging.getLogger("raylaunch")
 class Journal:
     """Writes the record. A disk that is full, or anything else that goes wrong, is told once and stops nothing."""
 
-    def __init__(self, path: str, run_id: str) -> None:
-        self.path = path
+    def __init__(self, folder: str, run_id: str) -> None:
+        self.path = os.path.join(folder, "journal.jsonl")
         self._run_id = run_id
         self._file: BinaryIO | None = None
         self._broken = False
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close(); x: nothing is overwritten
+            os.makedirs(folder, exist_ok=True)
+            self._open(folder)
         except OSError as error:
             self._give_up(error)
+
+    def _open(self, folder: str) -> None:
+        """Open a new file: an earlier run of the same id has left its own, and nothing is overwritten."""
+        for number in itertools.count(1):
+            self.path = os.path.join(folder, f"journal-{number}.jsonl" if number > 1 else "journal.jsonl")
+            with contextlib.suppress(FileExistsError):
+                self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
+                return
 
     def event(self, seq: int, event: Event) -> None:
         """Record an event."""

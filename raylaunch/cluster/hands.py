@@ -45,6 +45,7 @@ class Hand:
     """One worker, from the shell's side."""
 
     number: int
+    generation: int = 0
     actor: Any = None
     node: str = ""
     process: do.Process | None = None
@@ -201,10 +202,17 @@ class Hands:
     def promote(self, command: do.Promote) -> None:
         """Make a spare a rank; `WorkerJoined` and `WorkerReturned` follow, or `WorkerFailed` or `WorkerLost`."""
         hand = self._hands[command.worker]
+        hand.generation = command.assignment.generation
+        if command.assignment.rank == 0:
+            self._forget_before(hand.generation - 1)
         # Both calls at once: nothing stands between joining and train_fn.
         joined = hand.actor.join.remote(command.assignment)
         outcome, hand.exception = hand.actor.run.remote()
         self._go(self._follow(hand, command.assignment.generation, joined, outcome))
+
+    def _forget_before(self, generation: int) -> None:
+        """Forget the workers that are gone, but for the last generation's: one of them may be the culprit."""
+        self._hands = {n: h for n, h in self._hands.items() if not h.lost or h.generation >= generation}
 
     async def _follow(self, hand: Hand, generation: int, joined: Any, outcome: Any) -> None:
         try:
@@ -242,7 +250,8 @@ class Hands:
     def kill_workers(self, command: do.KillWorkers) -> None:
         """End workers at once; `WorkerLost` follows when they are known to be gone."""
         for worker in command.workers:
-            self._hands[worker].killed = True
+            if worker in self._hands:
+                self._hands[worker].killed = True
         by_node = self._by_node(command.workers)
         watched = {worker for workers in by_node.values() for worker in workers}
         for node, workers in by_node.items():
@@ -258,9 +267,9 @@ class Hands:
 
     def _kill_by_ray(self, workers: list[int]) -> None:
         for worker in workers:
-            actor = self._hands[worker].actor
-            if actor is not None:
-                ray.kill(actor)
+            hand = self._hands.get(worker)
+            if hand is not None and hand.actor is not None:
+                ray.kill(hand.actor)
 
     async def exception_of(self, worker: int, seconds: float) -> bytes | None:
         """The pickled exception of a worker that raised, if there is one."""
@@ -289,9 +298,9 @@ class Hands:
     def _by_node(self, workers: tuple[int, ...]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         for worker in workers:
-            node = self._hands[worker].node
-            if node in self._agents:
-                found.setdefault(node, []).append(worker)
+            hand = self._hands.get(worker)
+            if hand is not None and hand.node in self._agents:
+                found.setdefault(hand.node, []).append(worker)
         return found
 
     def _watch(self, hand: Hand) -> None:
@@ -329,7 +338,9 @@ class Hands:
 
     def _died(self, death: Death) -> None:
         """An agent's news. A worker that was lost before we killed it, or dying when we came to, ended by itself."""
-        hand = self._hands[death.worker]
+        hand = self._hands.get(death.worker)
+        if hand is None:
+            return
         by_itself = hand.unasked or not death.killed
         if by_itself and (hand.lost or hand.killed):
             self._post(e.EndingLearnt(time.monotonic(), hand.number, death.ending))

@@ -73,6 +73,9 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
     payload = ray.put(packed)
     in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
     coordinator = start_coordinator(spec.run_id, spec.timeouts, owns_job=not in_ray_worker)
+    environ = dict(os.environ)
+    if in_ray_worker:
+        environ.pop("OMP_NUM_THREADS", None)  # Ray's own, for this task or actor
     config = WorkerConfig(
         run_id=spec.run_id,
         coordinator=coordinator,
@@ -89,7 +92,7 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
         lease=spec.timeouts.lease,
         process_group_seconds=spec.timeouts.process_group,
     )
-    journal = Journal(os.path.join(job.log_dir or _log_root(), spec.run_id, "journal.jsonl"), spec.run_id)
+    journal = Journal(os.path.join(job.log_dir or _log_root(), spec.run_id), spec.run_id)
     logger.info("run %s: journal %s", spec.run_id, journal.path)
     shell = Shell(spec, journal, coordinator, config, dict(job.runtime_env or {}))
     try:

@@ -41,8 +41,8 @@ from raylaunch.worker.processes import LastWords, end_process, start_time
 PREDECESSOR_SECONDS = 10.0
 #: ... and before that, this long to be ended by the node's agent, which sees how it ended.
 PREDECESSOR_PATIENCE = 0.2
-#: Niceness of a spare's imports while training goes on.
-GENTLE = 10
+#: How much nicer than the ranks a spare is while it imports and training goes on.
+GENTLE = 4
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class WorkerActor:
         def work() -> None:
             # A thread, because a process could not take its nice value back without privileges.
             if gently:
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), GENTLE)
+                thread = threading.get_native_id()
+                niceness = os.getpriority(os.PRIO_PROCESS, thread) + GENTLE  # Ray 2.60's workers have 15 already
+                os.setpriority(os.PRIO_PROCESS, thread, min(19, niceness))
             try:
                 for name in self._config.preload:
                     importlib.import_module(name)

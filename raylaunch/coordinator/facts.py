@@ -183,6 +183,7 @@ def node_lost(c: Coordinator, event: e.NodeLost) -> None:
     if members:
         endings.member_ended(c, members[0], Ending(EndKind.NODE_LOST))
     node.lost = True
+    c.roster.draining.discard(node.id)
     forget_bundles(c, [bundle for bundle in node.bundles.values() if bundle.group.id in c.roster.groups])
     return c.because(f"Ray has declared node {short_id(event.node)} dead")
 
@@ -203,6 +204,7 @@ def node_draining(c: Coordinator, event: e.NodeDraining) -> None:
     node = c.roster.node(event.node)
     if not node.draining:
         node.draining = True
+        c.roster.draining.add(node.id)
         c.roster.refresh_node(node)
         if node.bundles:
             c.tell(f"node {short_id(event.node)} is being drained{': ' + event.reason if event.reason else ''}")

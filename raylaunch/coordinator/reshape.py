@@ -106,9 +106,8 @@ def _reason_to_grow(c: Coordinator) -> str:
 
 def _reason_to_leave(c: Coordinator) -> str:
     """Ranks sit on a draining node, and the minimum would hold without it."""
-    draining = [
-        node for node in c.roster.nodes.values() if node.draining and any(b.manned for b in node.bundles.values())
-    ]
+    nodes = [c.roster.nodes[node] for node in sorted(c.roster.draining)]
+    draining = [node for node in nodes if any(bundle.manned for bundle in node.bundles.values())]
     if not draining:
         return ""
     leaving = sum(bundle.manned for node in draining for bundle in node.bundles.values())

@@ -98,7 +98,10 @@ class Bundle:
     @property
     def manned(self) -> bool:
         """Whether any seat holds a rank of the live generation."""
-        return any(seat.member is not None for seat in self.seats)
+        for seat in self.seats:  # noqa: SIM110 - a plain loop: this runs with every event
+            if seat.member is not None:
+                return True
+        return False
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +142,7 @@ class Roster:
         #: Bundles without members, by standing: what growth could take in.
         self.unmanned: Counter[Standing] = Counter()
         self.silent: dict[int, Worker] = {}
+        self.draining: set[str] = set()
         #: Bundles of the minimum group that are not reserved.
         self.minimum_pending = 0
         self._retries: list[tuple[float, int, Seat]] = []
@@ -224,10 +228,14 @@ class Roster:
         node = self.nodes.get(bundle.node)
         if node is not None and (node.draining or node.lost or node.unfit):
             return Standing.BLOCKED
-        states = [seat.spare.state if seat.spare else None for seat in bundle.seats]
-        if all(state is WorkerState.READY for state in states):
+        ready, silent = True, False
+        for seat in bundle.seats:  # a plain loop: this runs with every event
+            state = seat.spare.state if seat.spare else None
+            ready = ready and state is WorkerState.READY
+            silent = silent or state is WorkerState.SILENT
+        if ready:
             return Standing.USABLE
-        if (node is not None and node.suspect) or WorkerState.SILENT in states:
+        if silent or (node is not None and node.suspect):
             return Standing.BLOCKED
         return Standing.COMING
 

@@ -143,8 +143,8 @@ class Witness:
 
     def _take_in_worker(self, event: e.Event, seen: _Seen) -> None:
         if isinstance(event, e.WorkerStarted):
-            seen.node, seen.host = event.node, event.host
-            if not seen.killed and not seen.lost:
+            if not seen.killed and not seen.lost and not seen.node:
+                seen.node, seen.host = event.node, event.host
                 seen.process = c.Process(event.pid, event.pid_started)
         elif isinstance(event, e.WorkerReady):
             seen.port = event.port
