@@ -20,7 +20,6 @@ from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.processes import Watch, children_of_run, end_process, ending_from_status, read_last_words
 
-
 #: How long the kernel is asked how a process ended, in seconds.
 EXPLAIN_SECONDS = 1.0
 

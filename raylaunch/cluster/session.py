@@ -81,7 +81,7 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
         coordinator=coordinator,
         payload=(payload,),
         code_path=_code_path(),
-        copied_env=copied_env(os.environ, tuple(job.copy_env)),
+        copied_env=copied_env(environ, tuple(job.copy_env)),
         env=dict(job.env or {}),
         preload=tuple(job.preload),
         cpus_per_worker=spec.resources_per_worker.get("CPU", 1.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -282,3 +283,14 @@ def test_having_no_descriptor_free_is_not_taken_for_an_end(python):
     )
     _, errors = process.communicate()
     assert "Too many open files" in errors
+
+
+def test_a_process_with_a_sigkill_on_its_way_is_doomed_before_it_has_ended():
+    with subprocess.Popen(["sleep", "60"]) as child:
+        watch = Watch(Process(child.pid, start_time(child.pid)))
+        assert not watch.doomed()
+        child.kill()
+        assert watch.doomed()
+        child.wait()
+        assert watch.doomed()
+        watch.close()

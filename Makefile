@@ -1,0 +1,50 @@
+# Everything is set up by the first target that needs it: a fresh machine wants Python, pip and make, and nothing else.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo examples test test-all core lint types diagram clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+# Made anew when what it was made of changes, and when an installation broke off half-way.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,dev,examples]"
+	@touch $@
+
+demo: $(READY)  ## training on two local nodes, through a killed worker, a killed node and a new node
+	$(BIN)/python examples/demo.py
+
+examples: $(READY)  ## the small examples
+	$(BIN)/python examples/hello_ranks.py
+	$(BIN)/python examples/ddp_digits.py
+
+test: $(READY)  ## the tests, without the slow ones: at most 8 minutes on 2 cores
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(READY)  ## all tests
+	$(BIN)/pytest
+
+core: $(READY)  ## only the coordinator's tests: no Ray, no torch, seconds
+	$(BIN)/pytest tests/coordinator -m "not slow"
+
+lint: $(READY)  ## style, formatting, and who may import whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+types: $(READY)  ## strict types, of the package and of the examples
+	$(BIN)/mypy raylaunch
+	$(BIN)/mypy examples docs
+
+diagram: $(READY)  ## draw the diagram of docs/state-machine.md anew, from the table
+	$(BIN)/python docs/make_state_diagram.py
+
+clean:  ## remove all that was made here, the virtual environment too
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,152 @@
+"""The documentation says what is so: links, code, the diagram, the tables of arguments, the map of the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import raylaunch
+from raylaunch.coordinator.phase import Phase
+from raylaunch.worker.env import DEFAULT_COPY_ENV
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@functools.cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """The names of a page's headings, as they are linked to."""
+    headings = re.findall(r"^#+ +(.*)$", re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@page
+def test_links_lead_somewhere(path: Path) -> None:
+    """Relative links, to files and to headings."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text_of(path))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{path.name}: {target}"
+        assert not anchor or anchor in anchors(there), f"{path.name}: {target}"
+
+
+@page
+def test_python_in_the_pages_compiles(path: Path) -> None:
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text_of(path), flags=re.DOTALL), 1):
+        compile(code, f"{path.name}, block {number}", "exec")
+
+
+def test_the_readme_shows_the_example() -> None:
+    """The code in the README is the example that `make examples` runs."""
+    assert f"```python\n{text_of(ROOT / 'examples' / 'ddp_digits.py').rstrip()}\n```" in text_of(ROOT / "README.md")
+
+
+def generator() -> ModuleType:
+    """docs/make_state_diagram.py."""
+    path = DOCS / "make_state_diagram.py"
+    spec = importlib.util.spec_from_file_location("make_state_diagram", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_diagram_is_the_table() -> None:
+    """After a change of the table: `make diagram`."""
+    drawer = generator()
+    text = text_of(drawer.PAGE)
+    assert drawer.page_with(drawer.diagram(), text) == text
+    assert "rendezvous --> forming" in text
+
+
+def rows(path: Path, heading: str) -> dict[str, list[str]]:
+    """The first table below a heading: first cell, without backquotes, to the others."""
+    _, _, below = text_of(path).partition(f"\n{heading}\n")
+    assert below, f"{path.name} has no heading {heading!r}"
+    table = re.search(r"(?:^\|.*\|\n)+", below, flags=re.MULTILINE)
+    assert table is not None
+    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table[0].splitlines()[2:]]
+    return {first.strip("`"): others for first, *others in lines}
+
+
+def test_every_phase_is_explained() -> None:
+    text = text_of(DOCS / "state-machine.md")
+    assert all(f"| {phase.value} |" in text for phase in Phase)
+
+
+def test_every_argument_of_run_is_documented_with_its_default() -> None:
+    documented = rows(DOCS / "configuration.md", "## `raylaunch.run`")
+    parameters = inspect.signature(raylaunch.run).parameters
+    assert list(documented) == list(parameters)
+    for name, (meaning, unit, default) in documented.items():
+        assert meaning
+        assert unit
+        actual = parameters[name].default
+        if actual is inspect.Parameter.empty:
+            assert default == "required"
+        elif name == "copy_env":
+            assert default == "the list below"
+        else:
+            assert default == f"`{actual!r}`", name
+
+
+def test_every_pattern_of_copied_variables_is_documented() -> None:
+    _, _, below = text_of(DOCS / "configuration.md").partition("By default `copy_env` takes")
+    listed, _, _ = below.partition("Never copied")
+    assert tuple(re.findall(r"`([A-Z_]+\*?)`", listed)) == DEFAULT_COPY_ENV
+
+
+def test_every_timeout_is_documented_with_its_default() -> None:
+    documented = rows(DOCS / "configuration.md", "## `raylaunch.Timeouts`")
+    fields = dataclasses.fields(raylaunch.Timeouts)
+    assert list(documented) == [field.name for field in fields]
+    for field in fields:
+        meaning, unit, default = documented[field.name]
+        assert meaning
+        assert unit == "seconds"
+        assert default == f"`{field.default:g}`", field.name
+
+
+def test_the_map_of_the_code_is_complete() -> None:
+    """ARCHITECTURE.md names every module, and no other, in a size that is read."""
+    text = text_of(ROOT / "ARCHITECTURE.md")
+    assert len(text.splitlines()) <= 150
+    _, _, below = text.partition("\n## The code map\n")
+    listed, _, _ = below.partition("\n## ")
+    named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", listed)) - {"demo.py"}
+    modules = {path.name for path in (ROOT / "raylaunch").rglob("*.py")}
+    assert named == modules
+
+
+def test_every_target_of_make_is_documented() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
+    contributing = text_of(ROOT / "CONTRIBUTING.md")
+    assert {"demo", "test", "test-all", "lint", "types", "core", "clean"} <= targets
+    assert {target for target in targets - {"help", "clean"} if f"`make {target}`" not in contributing} == set()
+
+
+def test_the_versions_are_one() -> None:
+    """The package's version, in pyproject.toml and in the code."""
+    project = text_of(ROOT / "pyproject.toml")
+    assert f'\nversion = "{raylaunch.__version__}"\n' in project
