@@ -50,7 +50,8 @@ def main(seats: int) -> None:
     cost, routine, commands = ready(commands)
     promoted = [command for command in commands if isinstance(command, do.Promote)]
     total += cost
-    assert len(promoted) == seats and coordinator.phase is Phase.FORMING
+    assert len(promoted) == seats
+    assert coordinator.phase is Phase.FORMING
     joins = [handle(e.WorkerJoined(now, command.worker, 1))[0] for command in promoted]
     total += sum(joins)
     assert coordinator.phase is Phase.RUNNING

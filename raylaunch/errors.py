@@ -75,6 +75,8 @@ class Ending:
         elif self.kind is EndKind.RAISED:
             # gloo's and NCCL's messages begin with their source file in brackets
             first_line = re.sub(r"^\[[^\]]*\]\s*", "", self.message.strip().split("\n", 1)[0])
+            if self.collateral:  # ... and go on with general advice
+                first_line = first_line.split(". ", 1)[0]
             what = f"{self.error_type}: {first_line[:LINE_LIMIT]}" if first_line else self.error_type
             return f"lost a peer ({what})" if self.collateral else f"raised {what}"
         elif self.kind is EndKind.CANNOT_WORK:
@@ -87,7 +89,7 @@ class Ending:
 _PLAIN = {
     EndKind.RETURNED: "returned",
     EndKind.OUT_OF_MEMORY: "killed: the node ran out of memory",
-    EndKind.KILLED: "killed (neither Ray nor the kernel says how)",
+    EndKind.KILLED: "died (it is not known how)",
     EndKind.UNREACHABLE: "unreachable: Ray lost contact with it",
     EndKind.NODE_LOST: "lost with its node",
     EndKind.UNRESPONSIVE: "unresponsive",

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from raylaunch.coordinator.commands import Command
 from raylaunch.coordinator.events import EVENTS, Event
 from raylaunch.coordinator.machine import Coordinator, Decision
+from raylaunch.errors import InternalError
 
 logger = logging.getLogger("raylaunch")
 
@@ -178,7 +179,10 @@ def replay(path: str) -> Iterator[Step]:
     coordinator = Coordinator()
     for entry in read(path):
         if entry.event is not None:
-            decision = coordinator.handle(entry.event)
+            try:
+                decision = coordinator.handle(entry.event)
+            except InternalError as error:
+                decision = coordinator.refuse(error)
             was = recorded.get(entry.seq)
             again = json.loads(json.dumps(encode_decision(decision)))
             yield Step(entry.seq, entry.event, decision, None if was is None else was == again)

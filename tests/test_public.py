@@ -63,7 +63,7 @@ def test_types_are_shipped() -> None:
 
 def record(path: Path, *, spoilt: bool = False) -> None:
     """A short journal, as the shell writes it."""
-    coordinator, book = Coordinator(), journal.Journal(str(path), "r1")
+    coordinator, book = Coordinator(), journal.Journal(str(path.parent), "r1")
     events = [
         RunRequested(10.0, make_spec(num_workers=2, run_id="r1")),
         BundlesPlaced(11.5, 1, ("aaaaaaaabbbb", "aaaaaaaabbbb")),
@@ -73,6 +73,7 @@ def record(path: Path, *, spoilt: bool = False) -> None:
         book.event(seq, event)
         book.decision(seq, coordinator.handle(event))
     book.close()
+    assert book.path == str(path)
     if spoilt:
         lines = path.read_text(encoding="utf-8").splitlines()
         decision = json.loads(lines[3])

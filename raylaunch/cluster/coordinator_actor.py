@@ -121,8 +121,7 @@ class CoordinatorActor:
         try:
             return self._machine.handle(event)
         except InternalError as error:  # by the machine's promise nothing has changed
-            phase = self._machine.phase
-            return Decision((), f"InternalError, please report it: {error}", phase, phase, self._machine.generation)
+            return self._machine.refuse(error)
 
     async def pulse(self, worker: int) -> PulseReply:
         """A worker is alive, and has its coordinator."""

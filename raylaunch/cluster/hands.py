@@ -319,7 +319,7 @@ class Hands:
     async def _listen(self, node: str) -> None:
         """Take a node agent's news, for as long as the node is there."""
         agent = self._agents[node]
-        while not self._closing:
+        while ray.is_initialized() and not self._closing:
             try:
                 for death in await agent.actor.next_deaths.remote():
                     self._died(death)

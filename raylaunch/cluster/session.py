@@ -36,7 +36,7 @@ STOP_SLACK_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Job:
-    """What the coordinator doesn't need to know: the function, and what its workers are given. As `run` was given it."""
+    """What the coordinator doesn't need to know: the function, and what its workers are given. As `run` got it."""
 
     train_fn: Callable[..., Any]
     args: Sequence[Any]

@@ -25,7 +25,7 @@ from raylaunch.cluster.worker_actor import WorkerConfig
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.coordinator.machine import Decision
-from raylaunch.errors import InternalError
+from raylaunch.errors import ConfigError, InternalError
 from raylaunch.journal import Journal
 from raylaunch.spec import RunSpec
 
@@ -89,6 +89,8 @@ class Shell:
         if not self._done.wait(seconds):
             return None
         self._thread.join()
+        if isinstance(self._error, ConfigError):
+            raise self._error
         if self._error is not None:
             raise InternalError(f"the launcher itself failed: {self._error!r}; please report it") from self._error
         return self._finish
@@ -122,14 +124,17 @@ class Shell:
             while self._finish is None:
                 await self._wakeup.wait()
                 self._wakeup.clear()
+                if not ray.is_initialized():
+                    raise ConfigError("ray.shutdown() was called under the run: its workers are gone with the session")
                 await self._handle_inbox()
             self.values = [self._hands.values.get(worker) for worker in self._finish.workers]
             self.exception = await self._hands.exception_of(self._finish.culprit, EXCEPTION_SECONDS)
         finally:
             for task in self._tasks:
                 task.cancel()
-            await self._hands.let_go()
-            ray.kill(self._coordinator)
+            if ray.is_initialized():  # or Ray 2.60 would start a new session for the first call
+                await self._hands.let_go()
+                ray.kill(self._coordinator)
 
     def post(self, event: e.Event) -> None:
         """Take an event in. Called on the loop's thread only."""
@@ -167,7 +172,7 @@ class Shell:
                     continue
                 return list(answer)
             except ray.exceptions.RayActorError:
-                if time.monotonic() > until:
+                if time.monotonic() > until or not ray.is_initialized():
                     raise
                 await asyncio.sleep(0.1)  # it is being restarted
 
@@ -216,7 +221,7 @@ class Shell:
         dead: frozenset[str] = frozenset()
         draining: frozenset[str] = frozenset()
         waiting = False
-        while True:
+        while ray.is_initialized():
             try:
                 seen = await self._loop.run_in_executor(None, placement.survey, self._spec.run_id)
             except Exception as error:  # Ray's control store is being restarted
@@ -235,7 +240,7 @@ class Shell:
 
     async def _listen_for_silence(self) -> None:
         """Post the pulses that stay away."""
-        while True:
+        while ray.is_initialized():
             try:
                 for worker, seconds in await self._coordinator.next_silent.remote():
                     self.post(e.PulseMissed(time.monotonic(), worker, seconds))

@@ -6,6 +6,7 @@ generation on the spot. A fact about something that has ended since is late, and
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raylaunch.coordinator import endings
@@ -14,7 +15,7 @@ from raylaunch.coordinator.commands import CollectResult, Level, Outcome, Proces
 from raylaunch.coordinator.phase import Phase
 from raylaunch.coordinator.rendezvous import Gathering
 from raylaunch.coordinator.roster import MEMBER_STATES, Bundle, Roster, Worker, WorkerState
-from raylaunch.errors import Ending, EndKind, Failure, short_id
+from raylaunch.errors import Ending, EndKind, short_id
 from raylaunch.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -163,13 +164,12 @@ def worker_lost(c: Coordinator, event: e.WorkerLost) -> None:
 
 def ending_learnt(c: Coordinator, event: e.EndingLearnt) -> None:
     incident = c.incident
-    if incident is not None and not incident.settled:
-        known = incident.failures.get(event.worker)
-        worker = c.roster.workers.get(event.worker)
-        if known is not None:
-            incident.add(event.worker, Failure(event.ending), c.now)
-        elif worker is not None and worker.generation == incident.generation:
-            endings.learnt(c, worker, event.ending)
+    if incident is None or incident.settled:
+        return c.because("late: the cause is settled")
+    known = incident.failures.get(event.worker) or incident.members.get(event.worker)
+    if known is None:
+        return c.because("it was no rank of the generation that ended")
+    return incident.add(event.worker, replace(known, ending=event.ending), c.now)
 
 
 def node_lost(c: Coordinator, event: e.NodeLost) -> None:

@@ -109,6 +109,11 @@ class Coordinator:
                 self._out.append(WakeAt(self._wake))
         return Decision(tuple(self._out), "; ".join(self._reasons), before, self.phase, self.generation)
 
+    def refuse(self, error: InternalError) -> Decision:
+        """The decision that is recorded for an event that `handle` has refused: nothing, and why."""
+        reason = f"InternalError, please report it: {error}"
+        return Decision((), reason, self.phase, self.phase, self.generation)
+
     def is_current(self, generation: int) -> bool:
         """Whether a generation is the live one: not fenced, allowed to commit."""
         return generation == self.generation and bool(self.members) and self.phase in LIVE_PHASES

@@ -4,8 +4,9 @@
         ...
         cluster.kill_node(cluster.nodes[1])
 
-All nodes share one address; GPUs may be fake (`gpus=2` on a machine without any, with `backend="gloo"`). Nothing
-outside the cluster is touched: other Ray clusters on the machine stay as they are.
+All nodes share one address; GPUs may be fake (`gpus=2` on a machine without any, with `backend="gloo"`). Other Ray
+clusters on the machine are not touched, but Ray 2.60 notes the newest one in a file of the machine, which a bare
+`ray.init()` elsewhere would follow: say an address, or `address="local"`.
 """
 
 from __future__ import annotations
