@@ -42,8 +42,8 @@ def roll_call(c: Coordinator) -> None:
         worker.silent_since = c.now
         c.roster.set_state(worker, WorkerState.SILENT)
         c.roster.suspect(worker.node, suspect=True)
-    if c.roll_open:
-        c.because(f"{len(c.roll_open)} spares did not answer the roll call")
+    silent = len(c.roll_open)
+    c.because(f"{silent} spares did not answer the roll call" if silent else "the roll call is over")
     c.roll_open = set()
     return rendezvous.begin(c)
 

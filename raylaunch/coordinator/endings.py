@@ -98,7 +98,8 @@ def incident_for(c: Coordinator, worker: Worker, ending: Ending) -> rootcause.In
     known = c.incident
     if known is not None and not known.settled:
         same_generation = worker.generation in (known.generation, 0)
-        if same_generation or not rootcause.is_cause(ending) or worker.node in known.lost_nodes:
+        consequence = c.phase is not Phase.RUNNING and not rootcause.is_cause(ending)
+        if same_generation or consequence or worker.node in known.lost_nodes:
             return known
         settle(c, known)
     c.incident = rootcause.open_incident(c.now, worker.generation, charged=False)
@@ -137,6 +138,7 @@ def _call_roll(c: Coordinator, spares: list[int]) -> None:
 def conclude(c: Coordinator, verdict: str) -> None:
     """The run has failed: end everything, and wait until the root cause is settled."""
     c.verdict = verdict
+    c.because(verdict)
     end_generation(c)
     c.release_groups(list(c.roster.groups.values()))
     c.enter(Phase.SETTLING)

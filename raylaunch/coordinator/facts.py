@@ -80,9 +80,15 @@ def worker_started(c: Coordinator, event: e.WorkerStarted) -> None:
     wrong = _differences(c.spec.versions, event.versions)
     if wrong:
         endings.spare_failed(c, worker, _cannot_work(f"node {short_id(event.node)} has {wrong}"))
+    elif worker.early is not None:
+        worker_ready(c, worker.early)
 
 
 def worker_ready(c: Coordinator, event: e.WorkerReady) -> None:
+    known = c.roster.workers.get(event.worker)
+    if known is not None and known.state is WorkerState.STARTING:  # it has overtaken its own start
+        known.early = event
+        return
     worker = _spare(c, event.worker, WorkerState.WARMING)
     if worker is None:
         return
@@ -114,6 +120,9 @@ def worker_joined(c: Coordinator, event: e.WorkerJoined) -> None:
 
 
 def worker_returned(c: Coordinator, event: e.WorkerReturned) -> None:
+    known = c.roster.workers.get(event.worker)
+    if known is not None and known.state is WorkerState.JOINING:  # it has overtaken its own joining
+        worker_joined(c, e.WorkerJoined(event.at, event.worker, event.generation))
     worker = _member(c, event.worker, event.generation, WorkerState.RUNNING)
     if worker is not None:
         c.roster.set_state(worker, WorkerState.RETURNED)
@@ -147,7 +156,7 @@ def worker_lost(c: Coordinator, event: e.WorkerLost) -> None:
     if event.ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST):
         c.roster.suspect(worker.node or worker.seat.bundle.node, suspect=True)
     if worker.state is WorkerState.DYING:
-        if event.ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST):
+        if event.ending.kind is not EndKind.KILLED:  # that would be our own doing
             endings.learnt(c, worker, event.ending)
         if event.ending.kind is not EndKind.UNREACHABLE:
             c.roster.set_state(worker, WorkerState.GONE)

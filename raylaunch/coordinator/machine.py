@@ -187,6 +187,7 @@ class Coordinator:
         alive = [worker for worker in workers if worker.state not in (WorkerState.DYING, WorkerState.GONE)]
         for worker in alive:
             self.roster.set_state(worker, WorkerState.DYING)
+            self.roll_open.discard(worker.id)
         if alive:
             self.command(KillWorkers(tuple(worker.id for worker in alive)))
 

@@ -49,6 +49,8 @@ class Gathering:
     last_growth_asked: float = float("-inf")
     tell_at: float = 0.0
     told: int = 0
+    #: A planned change: it must not make the group smaller, so it waits for every seat that is on its way.
+    planned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def begin(c: Coordinator) -> None:
 
     Lost bundles included, where a start is due: the worker waits there until Ray has placed the bundle again.
     """
-    c.gathering = Gathering(c.now)
+    c.gathering = Gathering(c.now, ask_at=c.gathering.ask_at)
     for bundle in c.roster.bundles():
         for seat in bundle.seats:
             if seat.spare is None and (bundle.placed or seat.retry_at is not None):
@@ -76,12 +78,6 @@ def begin(c: Coordinator) -> None:
 def decide(c: Coordinator) -> GiveUp | None:
     """Form, wait or give up."""
     g, bounds, usable = c.gathering, c.spec.bounds, c.roster.standings[Standing.USABLE]
-    if g.ask_at is not None:
-        if c.now < g.ask_at:
-            c.wake(g.ask_at)
-        else:
-            g.ask_at = None
-            c.request_group(bounds.min_units, minimum=True)
     if usable >= bounds.max_units:
         form(c)
         return None
@@ -89,6 +85,9 @@ def decide(c: Coordinator) -> GiveUp | None:
         _last_call(c)
         return None
     g.min_since = None
+    if g.ask_at is not None:  # nothing has been asked for: that is not the cluster's lack of room
+        _account(c, "")
+        return None
     return _wait(c)
 
 
@@ -100,6 +99,8 @@ def _last_call(c: Coordinator) -> None:
     until = c.now
     if c.roster.standings[Standing.COMING]:
         until = g.min_since + max(last_call, g.min_since - g.since)
+        if g.planned:
+            until = g.since + c.spec.timeouts.start
     if not c.generation and c.roster.asked > c.roster.reserved + c.roster.minimum_pending:
         until = max(until, g.last_growth_asked + last_call)
     if c.now < until:

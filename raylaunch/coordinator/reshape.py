@@ -41,16 +41,21 @@ class Plan:
 
 
 def ask_for_growth(c: Coordinator) -> None:
-    """Ask for units above the minimum while the minimum group stands; withdraw pending ones when it doesn't.
+    """Ask for the minimum again if its group is gone, and for units above it while it stands; else withdraw those.
 
     Pending units would take every freed resource from another job's group, or from our own minimum: so not while
     somebody else's group waits (both seen with Ray 2.60).
     """
-    roster, bounds = c.roster, c.spec.bounds
+    roster, bounds, gathering = c.roster, c.spec.bounds, c.gathering
+    if gathering.ask_at is not None and c.now >= gathering.ask_at:
+        gathering.ask_at = None
+        c.request_group(bounds.min_units, minimum=True)
+    if gathering.ask_at is not None:
+        c.wake(gathering.ask_at)
     wanted = c.phase is c.phase.RENDEZVOUS or c.spec.grow
     missing = bounds.max_units - roster.asked
     pending = roster.asked - roster.reserved - roster.minimum_pending
-    if roster.minimum_pending or c.others_waiting or not wanted or not roster.groups:
+    if roster.minimum_pending or gathering.ask_at is not None or c.others_waiting or not wanted:
         if pending > 0:
             c.release_groups([g for g in roster.groups.values() if not g.minimum and not g.bundles[0].placed])
         return
@@ -138,7 +143,8 @@ def _together(c: Coordinator) -> bool:
         return True
     assert c.plan is not None
     until = c.plan.latest - c.spec.timeouts.start + TOGETHER_SECONDS
-    c.wake(until)
+    if c.now < until:
+        c.wake(until)
     return c.now >= until
 
 
@@ -155,6 +161,7 @@ def _carry_out(c: Coordinator, plan: Plan) -> None:
     endings.end_generation(c)
     c.tell(f"generation {c.generation} ({before} workers) ended in order to re-form: {plan.reason}", Level.WARNING)
     rendezvous.begin(c)
+    c.gathering.planned = True
 
 
 # -- spares ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from raylaunch.coordinator.commands import Process
+from raylaunch.coordinator.events import WorkerReady
 from raylaunch.errors import InternalError
 
 
@@ -65,6 +66,7 @@ class Worker:
     local_rank: int | None = None
     roll: int = 0  # the roll call it has still to answer; 0: none
     silent_since: float = 0.0
+    early: WorkerReady | None = None  # it came before the worker's start was heard of
 
 
 @dataclass(slots=True, eq=False)
