@@ -29,8 +29,10 @@ def gathering(c: Coordinator) -> None:
     replace_silent(c)
     reshape.ask_for_growth(c)
     verdict = rendezvous.decide(c)
-    if verdict is not None:
+    if verdict is not None and verdict.outcome is Outcome.NO_ROOM:
         endings.finish(c, verdict.outcome, verdict.reason, c.recovering)
+    elif verdict is not None:
+        endings.starts_timed_out(c, verdict.reason)
 
 
 def roll_call(c: Coordinator) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from raylaunch.coordinator import rendezvous, rootcause
 from raylaunch.coordinator.commands import CallRoll, Finish, Level, Outcome, Recovery
 from raylaunch.coordinator.phase import Phase
-from raylaunch.coordinator.roster import Worker, WorkerState
+from raylaunch.coordinator.roster import Standing, Worker, WorkerState
 from raylaunch.errors import Ending, EndKind, Failure
 
 if TYPE_CHECKING:
@@ -209,6 +209,25 @@ def learnt(c: Coordinator, worker: Worker, ending: Ending) -> None:
     if ending.fatal and c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.FORMING, Phase.RUNNING):
         conclude(c, _fatal_sentence(ending))
     return None
+
+
+def starts_timed_out(c: Coordinator, reason: str) -> None:
+    """Workers hang while they start: one failure, and others are started in their seats."""
+    late = [w for w in c.roster.workers.values() if w.state in (WorkerState.STARTING, WorkerState.WARMING)]
+    late = [worker for worker in late if worker.seat.bundle.standing is Standing.COMING]
+    c.wake(c.now + c.spec.timeouts.start)
+    if not late:  # their seats wait for the next start
+        return
+    ending = Ending(EndKind.TIMED_OUT, message=reason)
+    incident = incident_for(c, late[0], ending)
+    incident.add(late[0].id, failure_of(late[0], ending), c.now)
+    if not charge(c, incident, late[0]):
+        conclude(c, _budget_sentence(c))
+        return
+    c.tell(f"{incident.describe()}; starting others", Level.WARNING)
+    c.kill(late)
+    for worker in late:
+        c.start_worker(worker.seat, gently=False)
 
 
 def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:

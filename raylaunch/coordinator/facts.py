@@ -187,12 +187,13 @@ def node_lost(c: Coordinator, event: e.NodeLost) -> None:
         return c.because("the run has nothing there")
     if c.incident is not None and not c.incident.settled:
         c.incident.lose_node(node.id, c.now)
-    bundles = list(node.bundles.values())
-    members = [seat.member for bundle in bundles for seat in bundle.seats if seat.member is not None]
-    if members:
-        endings.member_ended(c, members[0], Ending(EndKind.NODE_LOST))
     node.lost = True
     c.roster.draining.discard(node.id)
+    seats = [seat for bundle in node.bundles.values() for seat in bundle.seats]
+    c.kill([seat.spare for seat in seats if seat.spare is not None])
+    members = [seat.member for seat in seats if seat.member is not None]
+    if members:
+        endings.member_ended(c, members[0], Ending(EndKind.NODE_LOST))
     forget_bundles(c, [bundle for bundle in node.bundles.values() if bundle.group.id in c.roster.groups])
     return c.because(f"Ray has declared node {short_id(event.node)} dead")
 

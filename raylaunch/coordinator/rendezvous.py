@@ -55,7 +55,7 @@ class Gathering:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The rendezvous will not come to anything."""
+    """The rendezvous has come to nothing in its time: for want of room, or (FAILED) of workers that get ready."""
 
     outcome: Outcome
     reason: str
@@ -68,6 +68,8 @@ def begin(c: Coordinator) -> None:
     """
     c.gathering = Gathering(c.now, ask_at=c.gathering.ask_at)
     for bundle in c.roster.bundles():
+        if bundle.node and c.roster.nodes[bundle.node].lost:
+            continue
         for seat in bundle.seats:
             if seat.spare is None and (bundle.placed or seat.retry_at is not None):
                 seat.failed_starts = 0
@@ -129,8 +131,10 @@ def _wait(c: Coordinator) -> GiveUp | None:
     if spent >= limit:
         return _give_up(c, spent, room)
     if g.short_of == "room" and not g.renewed and c.roster.reserved:
-        if spent >= limit / 2:
-            _renew(c)
+        # Ray moves no bundle off a draining node: nothing is gained by waiting.
+        drained = any(c.roster.nodes[node].bundles for node in c.roster.draining)
+        if drained or spent >= limit / 2:
+            _renew(c, "a node is being drained" if drained else "half of timeouts.placement is over")
             return None
         c.wake(c.now + limit / 2 - spent)
     c.wake(c.now + limit - spent)
@@ -152,14 +156,11 @@ def _give_up(c: Coordinator, spent: float, room: int) -> GiveUp:
             text += f"; Ray: {g.refusal}"
         return GiveUp(Outcome.NO_ROOM, text)
     slow = sorted({_where(bundle) for bundle in c.roster.bundles() if bundle.standing is Standing.COMING})
-    text = (
-        f"run {c.spec.run_id} failed{after}: the workers were not ready after {spent:.0f} s (timeouts.start):"
-        f" {'; '.join(slow[:8])}"
-    )
-    return GiveUp(Outcome.FAILED, text)
+    g.spent["ready workers"], g.short_since = 0.0, c.now
+    return GiveUp(Outcome.FAILED, f"not ready after {spent:.0f} s (timeouts.start): {'; '.join(slow[:8])}")
 
 
-def _renew(c: Coordinator) -> None:
+def _renew(c: Coordinator, why: str) -> None:
     """Release everything and ask anew, once."""
     g = c.gathering
     g.renewed = True
@@ -170,7 +171,7 @@ def _renew(c: Coordinator) -> None:
     g.ask_at = c.now + low + (high - low) * share
     c.wake(g.ask_at)
     c.release_groups(list(c.roster.groups.values()))
-    c.tell("half of timeouts.placement is over: releasing everything and asking anew", Level.WARNING, shortage=True)
+    c.tell(f"{why}: releasing everything and asking anew", Level.WARNING, shortage=True)
 
 
 def form(c: Coordinator) -> None:

@@ -49,7 +49,7 @@ def ask_for_growth(c: Coordinator) -> None:
     roster, bounds, gathering = c.roster, c.spec.bounds, c.gathering
     if gathering.ask_at is not None and c.now >= gathering.ask_at:
         gathering.ask_at = None
-        c.request_group(bounds.min_units, minimum=True)
+        c.request_group(bounds.min_units, minimum=True, avoid=_shunned(c))
     if gathering.ask_at is not None:
         c.wake(gathering.ask_at)
     wanted = c.phase is c.phase.RENDEZVOUS or c.spec.grow
@@ -66,11 +66,17 @@ def ask_for_growth(c: Coordinator) -> None:
     if room <= 0:
         return
     nodes = roster.nodes.values()
-    avoid = tuple(sorted(n.id for n in nodes if not n.lost and (n.unfit or n.draining or (one_per_node and n.bundles))))
+    occupied = [node.id for node in nodes if one_per_node and node.bundles and not node.lost]
+    avoid = tuple(sorted({*_shunned(c), *occupied}))
     only = tuple(sorted(n.id for n in nodes if n.bundles)) if c.spec.placement_strategy == "STRICT_PACK" else ()
     for _ in range(min(missing, room)):
         c.request_group(1, minimum=False, avoid=avoid, only=only)
     c.gathering.last_growth_asked = c.now
+
+
+def _shunned(c: Coordinator) -> tuple[str, ...]:
+    """Nodes that are there but must not be used: draining, or with the wrong versions."""
+    return tuple(sorted(n.id for n in c.roster.nodes.values() if not n.lost and (n.unfit or n.draining)))
 
 
 # -- planned changes -------------------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ class _Run:
         self.faults = FakeFaults(self.cluster, schedule.faults)
         self.coordinator = factory()
         self.witness = Witness()
+        self.hung_starts = 0
         self.steps: list[Step] = []
         self.limit = time_limit(schedule)
         self.ended_at = 0.0
@@ -191,8 +192,11 @@ class _Run:
         check(self.coordinator)
         phase = self.coordinator.phase
         assert self.cluster.wake is not None or phase in _UNLIMITED, f"phase {phase.name} waits without a WakeAt"
-        assert self.coordinator.restarts <= self.faults.harm, (
-            f"{self.coordinator.restarts} restarts were charged, but the faults so far explain {self.faults.harm}"
+        # A start that hangs is charged each time it is tried, and a frozen node makes them all hang.
+        self.hung_starts += "timeouts.start" in decision.reason
+        explained = self.faults.harm + self.hung_starts
+        assert self.coordinator.restarts <= explained, (
+            f"{self.coordinator.restarts} restarts were charged, but the faults so far explain {explained}"
         )
         self._watch_growth()
         if decision.generation > before:
@@ -217,8 +221,9 @@ class _Run:
         """What was ended in order to grow has grown, unless something has happened meanwhile."""
         outgrown, self.witness.outgrown = self.witness.outgrown, 0
         silent = any(w.alive and (w.frozen or w.cut) for w in self.cluster.workers.values())
-        count, self.fired_before = self.fired_before, len(self.faults.fired)
-        if outgrown and not silent and count == self.fired_before:
+        happened = len(self.faults.fired) + self.hung_starts
+        count, self.fired_before = self.fired_before, happened
+        if outgrown and not silent and count == happened:
             world = self.coordinator.world_size
             assert world > outgrown, f"a generation of {outgrown} was ended in order to grow to {world}"
 

@@ -41,7 +41,6 @@ def chunks() -> Iterator[dict[int, Future[list[str]]]]:
         yield {first: pool.submit(simulate_all, first) for first in CHUNKS}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first", CHUNKS)
 def test_no_schedule_breaks_the_coordinator(chunks: dict[int, Future[list[str]]], first: int):
     wrong = chunks[first].result()

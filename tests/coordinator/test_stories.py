@@ -210,17 +210,21 @@ def test_a_worker_that_dies_before_it_is_ready_is_started_again():
     assert story.assignment(1).restart_count == 1
 
 
-def test_workers_that_never_start_end_the_run_with_the_place_named():
-    story = Story(2, timeouts={"start": 20})
+def test_workers_that_hang_while_they_start_are_replaced_and_charged_and_end_the_run_when_nothing_is_left():
+    story = Story(2, timeouts={"start": 20}, max_restarts=1)
     story.place(1, "a", "b")
     story.start(1)
     story.start(2, get_ready=False)
     story.wait(19.5)
     assert story.phase is Phase.RENDEZVOUS
     story.wait(1)
+    assert story.phase is Phase.RENDEZVOUS
+    assert story.coordinator.restarts == 1
+    story.wait(25)
     assert story.finish.outcome is Outcome.FAILED
-    assert "node b" in story.finish.reason
     assert "timeouts.start" in story.finish.reason
+    assert "node b" in story.finish.reason
+    assert story.finish.root_cause.phase == "starting"
 
 
 def test_a_process_group_that_never_forms_is_given_up_and_tried_again():
