@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from drivers import Driver
 from steps import step_until
 
 import raylaunch
@@ -62,18 +63,48 @@ def test_a_function_that_does_not_load_on_the_workers_says_why(one_node, start):
     assert "in __setstate__" in str(error)  # the remote traceback
 
 
+#: A sitecustomize.py that hides raylaunch.
+HIDES_RAYLAUNCH = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "raylaunch":
+            raise ModuleNotFoundError("No module named 'raylaunch'", name="raylaunch")
+sys.meta_path.insert(0, Hide())
+"""
+
+
 def test_a_node_without_raylaunch_is_told_what_to_install(one_node, start, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'raylaunch':\n"
-        "            raise ModuleNotFoundError(\"No module named 'raylaunch'\", name='raylaunch')\n"
-        "sys.meta_path.insert(0, Block())\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(HIDES_RAYLAUNCH)
     error = fails_at_once(start(returns_one, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}}))
     assert "the module 'raylaunch' can't be imported there: install it on every node" in str(error)
     assert one_node.nodes[0].node_id[:8] in str(error)
+
+
+def test_a_cluster_without_raylaunch_fails_at_once_too(one_node, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HIDES_RAYLAUNCH)
+    driver = Driver(
+        one_node,
+        tmp_path,
+        f"""
+import ray
+ray.init(runtime_env={{"env_vars": {{"PYTHONPATH": {str(tmp_path)!r}}}}}, log_to_driver=False)
+(gates / "connected").touch()
+try:
+    raylaunch.run(time.sleep, args=(0,), log_dir=log_dir)
+except raylaunch.RaylaunchError as error:
+    (gates / "error").write_text(str(error))
+""",
+    )
+    try:
+        driver.wait_for("connected")
+        connected = time.monotonic()
+        error = driver.wait_for("error")
+        assert time.monotonic() - connected < 20
+        assert "the module 'raylaunch' can't be imported there: install it on every node" in error
+        assert driver.exit_code() == 0
+    finally:
+        driver.end()
 
 
 def test_a_node_with_another_torch_is_named_with_both_versions_before_anything_forms(one_node, start, tmp_path):
@@ -106,7 +137,7 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_with_what_it_has(one
     asked = time.monotonic()
     run = start(returns_one, num_workers=9, timeouts=Timeouts(placement=placement))
     error = run.error()
-    assert placement <= time.monotonic() - asked < placement + 5
+    assert placement <= time.monotonic() - asked < placement + 8
     assert isinstance(error, raylaunch.PlacementTimeout)
     assert isinstance(error, TimeoutError)
     assert error.root_cause is None
@@ -146,7 +177,7 @@ def test_who_waits_for_room_is_told_so_and_starts_when_there_is_some(one_node, s
     try:
         asked = time.monotonic()
         run = start(returns_one, resources_per_worker={"CPU": 2})
-        assert told.wait(10)
+        assert told.wait(20)
         assert time.monotonic() - asked > 4
     finally:
         logging.getLogger("raylaunch").removeHandler(listen)
