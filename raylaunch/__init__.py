@@ -19,12 +19,10 @@ from raylaunch.errors import (
     PlacementTimeout,
     RaylaunchError,
     RunFailedError,
-    RunStopped,
 )
 from raylaunch.result import RunResult
 from raylaunch.spec import Timeouts
-
-__version__ = "0.1.0"
+from raylaunch.version import __version__
 
 __all__ = [
     "ConfigError",
@@ -38,8 +36,8 @@ __all__ = [
     "Recovery",
     "RunFailedError",
     "RunResult",
-    "RunStopped",
     "Timeouts",
+    "__version__",
     "get_context",
     "run",
 ]

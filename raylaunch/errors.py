@@ -3,8 +3,7 @@
     RaylaunchError
     ├── ConfigError          yours: an argument that can't work (also a ValueError)
     ├── RunFailedError       a run that ended without success; `.root_cause` says why
-    │   ├── PlacementTimeout the cluster never had room (also a TimeoutError)
-    │   └── RunStopped       somebody asked the run to stop
+    │   └── PlacementTimeout the cluster never had room (also a TimeoutError)
     └── InternalError        ours: the state machine was handed something impossible
 
 `Ending` and `Failure` are values, not exceptions: they cross processes, go into the journal, and are what the
@@ -18,7 +17,7 @@ import pickle
 import re
 import signal as _signal
 import traceback as _traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 #: Longest message and traceback that an `Ending` carries, in characters. Endings pass through the coordinator and
@@ -203,10 +202,6 @@ class PlacementTimeout(RunFailedError, TimeoutError):  # noqa: N818 - the field'
     """The cluster did not have the wanted resources in `timeouts.placement` seconds. Names wanted and available."""
 
 
-class RunStopped(RunFailedError):  # noqa: N818 - nothing went wrong
-    """The run was asked to stop, not by an interrupt: those raise KeyboardInterrupt or SystemExit, as everywhere."""
-
-
 def run_failed(error: RunFailedError, cause: BaseException | None) -> RunFailedError:
     """`error` with `cause` as its `__cause__`, made an instance of the cause's type too where that is possible.
 
@@ -231,7 +226,7 @@ def run_failed(error: RunFailedError, cause: BaseException | None) -> RunFailedE
 
 def _plain_type(cls: type[RunFailedError]) -> type[RunFailedError]:
     """The importable class behind a dynamic one."""
-    return next(base for base in cls.__mro__ if base in (PlacementTimeout, RunStopped, RunFailedError))
+    return next(base for base in cls.__mro__ if base in (PlacementTimeout, RunFailedError))
 
 
 def _pickled(cause: BaseException | None) -> bytes | None:
@@ -281,11 +276,6 @@ def ending_of(error: BaseException, *, collateral: bool = False, fatal: bool = F
     )
 
 
-def with_message(ending: Ending, message: str) -> Ending:
-    """The same ending with another message."""
-    return replace(ending, message=message)
-
-
 def signal_name(number: int | None) -> str:
     """`SIGKILL` for 9; `signal 99` for one without a name."""
     try:
@@ -316,5 +306,4 @@ __all__ = [
     "PlacementTimeout",
     "RaylaunchError",
     "RunFailedError",
-    "RunStopped",
 ]

@@ -167,9 +167,21 @@ def make_spec(
         raise ConfigError(f"timeouts={timeouts!r}: must be a raylaunch.Timeouts")
     if not _is_int(max_restarts) or max_restarts < -1:
         raise ConfigError(f"max_restarts={max_restarts!r}: must be a whole number, at least 0, or -1 for no limit")
+    if workers_per_node is not None and placement_strategy == "STRICT_PACK":
+        raise ConfigError(
+            f"placement_strategy={placement_strategy!r}: workers_per_node={workers_per_node!r} spreads the workers over"
+            " different nodes"
+        )
+    bounds = _bounds(num_workers, workers_per_node)
+    shared = resources.get("GPU", 0.0) * bounds.unit
+    if resources.get("GPU", 0.0) < 1 and shared > 1 and not shared.is_integer():
+        raise ConfigError(
+            f"resources_per_worker['GPU']={resources['GPU']:g}: workers_per_node={workers_per_node} of them are"
+            f" {shared:g} GPUs: must be a whole number, or at most one"
+        )
     return RunSpec(
         run_id=_run_id(run_id),
-        bounds=_bounds(num_workers, workers_per_node),
+        bounds=bounds,
         resources_per_worker=resources,
         placement_strategy="STRICT_SPREAD" if workers_per_node is not None else placement_strategy,
         label_selector=_labels(label_selector),

@@ -15,7 +15,6 @@ from raylaunch.errors import (
     Failure,
     PlacementTimeout,
     RunFailedError,
-    RunStopped,
     ending_of,
     run_failed,
 )
@@ -88,7 +87,7 @@ def test_control_flow_and_types_that_can_not_be_bases_fall_back_to_the_plain_err
     assert pickle.loads(pickle.dumps(error)).run_id == "r1"
 
 
-@pytest.mark.parametrize("kind", [PlacementTimeout, RunStopped])
+@pytest.mark.parametrize("kind", [PlacementTimeout, RunFailedError])
 def test_every_kind_of_failed_run_pickles(kind):
     error = kind("no room", None, {}, "r1", "/j")
     again = pickle.loads(pickle.dumps(error))

@@ -11,7 +11,10 @@ event loop), so that a thousand pulses wait for nobody; only `is_current` waits 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -104,18 +107,18 @@ class CoordinatorActor:
         """Handle events numbered from `first`. `replay`: their decisions are known, and not wanted again."""
         if first > self._seq + 1:
             return Behind(self._seq)
-        decisions = []
+        decisions: list[Decision] = []
         for seq, event in enumerate(events, first):
             if seq > self._seq:
                 self._last = {known: decision for known, decision in self._last.items() if known >= first}
                 self._last[seq] = self._decide(event)
                 self._seq = seq
-            decisions.append(self._last.get(seq))
-        if not replay:
-            self._restored.set()
-            return [decision for decision in decisions if decision is not None]
-        self._last.clear()
-        return []
+            decisions += [] if replay else [self._last[seq]]
+        if replay:
+            self._last.clear()
+            return []
+        self._restored.set()
+        return decisions
 
     def _decide(self, event: Event) -> Decision:
         try:
@@ -128,7 +131,9 @@ class CoordinatorActor:
         self._seen[worker] = time.monotonic()
         self._reported.pop(worker, None)
         workers = self._machine.roster.workers if self._restored.is_set() else {}
+        # A lease must hold several pulses, whatever that costs.
         interval = max(SHORTEST_PULSE_SECONDS, len(workers) * PULSE_SECONDS_PER_WORKER)
+        interval = min(interval, self._timeouts.lease / 4)
         known = workers.get(worker)
         ended = self._restored.is_set() and (known is None or known.state is WorkerState.DYING)
         return PulseReply(interval, ended)
@@ -176,16 +181,19 @@ class CoordinatorActor:
     def _watch_driver(self, pid: int) -> None:
         """Remove the run's placement groups when the driver dies, which Ray 2.60 does only when its whole job ends.
 
-        The driver is a Ray task or actor on this node; Ray leaves us some seconds after its death.
+        The driver is a Ray task or actor on this node, and this actor is detached: Ray ends at once what a dead actor
+        owned. In a thread, because this is called outside the loop that serves the methods.
         """
-        descriptor = os.pidfd_open(pid)
-        asyncio.get_event_loop().add_reader(descriptor, self._driver_died)
 
-    def _driver_died(self) -> None:
-        for number, info in placement_group_table().items():
-            if info["name"].startswith(f"raylaunch:{self._run_id}:"):
-                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
-        os._exit(0)
+        def watch() -> None:
+            with contextlib.suppress(ProcessLookupError):  # it died while this actor was being restarted
+                select.select([os.pidfd_open(pid)], [], [])
+            for number, info in placement_group_table().items():
+                if info["name"].startswith(f"raylaunch:{self._run_id}:"):
+                    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+            ray.kill(ray.get_runtime_context().current_actor)
+
+        threading.Thread(target=watch, name="raylaunch-driver-watch", daemon=True).start()
 
 
 def start_coordinator(run_id: str, timeouts: Timeouts, *, owns_job: bool) -> Any:
@@ -196,6 +204,7 @@ def start_coordinator(run_id: str, timeouts: Timeouts, *, owns_job: bool) -> Any
         return remote_class.options(
             name=actor_name(run_id),
             namespace=NAMESPACE,
+            lifetime=None if owns_job else "detached",
             num_cpus=0,
             max_restarts=-1,
             max_concurrency=100_000,  # pulses and is_current calls that wait while it restarts

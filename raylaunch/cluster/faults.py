@@ -32,14 +32,15 @@ def ending_from(error: BaseException) -> Ending:
     if isinstance(error, rx.ActorUnavailableError):
         return Ending(EndKind.UNREACHABLE)
     if isinstance(error, rx.RuntimeEnvSetupError):
-        return Ending(EndKind.CANNOT_WORK, message=f"the runtime_env can't be set up: {text}", fatal=True)
+        message = f"the runtime_env can't be set up there: {_last_line(str(error))}"
+        return Ending(EndKind.CANNOT_WORK, message=message, traceback=str(error), fatal=True)
     if isinstance(error, rx.OutOfMemoryError) or (isinstance(error, rx.RayActorError) and _OUT_OF_MEMORY.search(text)):
         return Ending(EndKind.OUT_OF_MEMORY, message="Ray's memory monitor ended it")
     if isinstance(error, rx.ActorDiedError) and "creation task" in text:
         return _creation_failed(str(error))
     if isinstance(error, (rx.NodeDiedError, rx.RayActorError)) and _NODE_LOST.search(text):
         return Ending(EndKind.NODE_LOST)
-    if isinstance(error, _GONE):
+    if is_loss(error):
         return Ending(EndKind.KILLED)
     if isinstance(error, rx.RayTaskError):
         cause = error.cause if isinstance(error.cause, BaseException) else error
@@ -48,8 +49,16 @@ def ending_from(error: BaseException) -> Ending:
     return ending_of(error)
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether a call failed because its worker is gone, and not because of what it did."""
+    return isinstance(error, _GONE)
+
+
 def _creation_failed(text: str) -> Ending:
-    """The worker's class could not be made there: raylaunch, or something that it needs, is missing on the node."""
+    """The worker could not be made there.
+
+    A missing module stays missing; anything else (a full disk, no more threads) may be gone at the next try.
+    """
     missing = _NO_MODULE.search(text)
     if missing is not None:
         name = missing.group(1)
@@ -57,8 +66,11 @@ def _creation_failed(text: str) -> Ending:
         return Ending(
             EndKind.CANNOT_WORK, error_type="ModuleNotFoundError", message=message, traceback=text, fatal=True
         )
-    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "unknown")
-    return Ending(EndKind.CANNOT_WORK, message=f"a worker can't be made there: {last}", traceback=text, fatal=True)
+    return Ending(EndKind.KILLED, message=f"it could not be made there: {_last_line(text)}", traceback=text)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "unknown")
 
 
 def _first_lines(error: BaseException) -> str:

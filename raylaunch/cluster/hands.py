@@ -1,7 +1,8 @@
 """What the shell holds in Ray: placement groups, worker actors, node agents; and how each command reaches them.
 
-Every method that talks to a worker ends in exactly one of its possible events. Two sources tell of a death, Ray's
-failed call and the node agent's news; the first becomes `WorkerLost`, what the second adds becomes `EndingLearnt`.
+What a method asks of Ray ends in one of the events that its text names. Two sources tell of a death, Ray's failed
+call and the node agent's news: the first to come becomes `WorkerLost`, what the other adds becomes `EndingLearnt`. Of
+a worker that we killed, only the agent's word counts where it watches: Ray's doesn't mean that the process is gone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylaunch.cluster import placement
-from raylaunch.cluster.faults import ending_from
+from raylaunch.cluster.faults import ending_from, is_loss
 from raylaunch.cluster.node_actor import Death, NodeAgent
 from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor, WorkerConfig
 from raylaunch.coordinator import commands as do
@@ -53,6 +54,7 @@ class Hand:
     killed: bool = False  # by us
     lost: bool = False  # and the coordinator knows
     unasked: bool = False  # lost before we killed it
+    watched: bool = False  # by its node's agent
 
 
 @dataclass(eq=False)
@@ -93,8 +95,10 @@ class Hands:
     async def _await_group(self, number: int) -> None:
         try:
             group = await self._groups[number]
-            await group.ready()
-            nodes = await asyncio.get_running_loop().run_in_executor(None, placement.nodes_of, group)
+            nodes: tuple[str, ...] = ("",)
+            while "" in nodes:  # a bundle that was lost again meanwhile has no node
+                await group.ready()
+                nodes = await asyncio.get_running_loop().run_in_executor(None, placement.nodes_of, group)
         except Exception as error:  # refused by Ray, or removed: by us, or by somebody else
             if number in self._groups:
                 self._post(e.BundlesLost(time.monotonic(), number, f"{type(error).__name__}: {error}"))
@@ -107,6 +111,7 @@ class Hands:
     def release_bundles(self, command: do.ReleaseBundles) -> None:
         """Give groups back."""
         for number in command.groups:
+            self._devices = {key: found for key, found in self._devices.items() if key[0] != number}
             self._go(self._release(self._groups.pop(number)))
 
     async def _release(self, group: asyncio.Future[PlacementGroup]) -> None:
@@ -205,6 +210,7 @@ class Hands:
         hand.generation = command.assignment.generation
         if command.assignment.rank == 0:
             self._forget_before(hand.generation - 1)
+            self.values.clear()
         # Both calls at once: nothing stands between joining and train_fn.
         joined = hand.actor.join.remote(command.assignment)
         outcome, hand.exception = hand.actor.run.remote()
@@ -234,12 +240,14 @@ class Hands:
     async def _collect(self, hand: Hand, generation: int) -> None:
         try:
             self.values[hand.number] = await hand.actor.collect.remote()
-        except ray.exceptions.RayTaskError as error:
-            message = f"its return value can't be sent to the driver: {error.cause!r}"
+        except Exception as error:
+            if is_loss(error):
+                return self._lost(hand, ending_from(error))
+            # It doesn't pickle there, or doesn't load here: that will be so again.
+            reason = getattr(error, "cause", None) or error
+            message = f"its return value can't be sent to the driver: {reason!r}"
             ending = Ending(EndKind.CANNOT_WORK, message=message, traceback=str(error), fatal=True)
             return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, ending))
-        except Exception as error:
-            return self._lost(hand, ending_from(error))
         return self._post(e.ResultCollected(time.monotonic(), hand.number, generation))
 
     def stop_workers(self, command: do.StopWorkers) -> None:
@@ -284,7 +292,9 @@ class Hands:
     def _lost(self, hand: Hand, ending: Ending) -> None:
         """Ray says that a worker is gone. Where an agent watches one that we killed, the agent's word counts."""
         node_may_be_gone = ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST)
-        if hand.killed and hand.node in self._agents and not node_may_be_gone:
+        if hand.killed and hand.watched and hand.node in self._agents and not node_may_be_gone:
+            if ending.kind is EndKind.OUT_OF_MEMORY:  # that was before us, and only Ray knows
+                self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
             return
         if hand.lost:
             self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
@@ -305,7 +315,11 @@ class Hands:
 
     def _watch(self, hand: Hand) -> None:
         self._ensure_agent(hand.node)
-        self._agents[hand.node].actor.watch.remote(hand.number, hand.process)
+        self._go(self._be_watched(hand, self._agents[hand.node]))
+
+    async def _be_watched(self, hand: Hand, agent: Agent) -> None:
+        with contextlib.suppress(Exception):  # the agent is being restarted, and then asked again; or its node is gone
+            hand.watched = await agent.actor.watch.remote(hand.number, hand.process)
 
     def _ensure_agent(self, node: str) -> None:
         if node not in self._agents:
@@ -314,27 +328,35 @@ class Hands:
 
     def _new_agent(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
-        return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(self._spec.run_id)
+        return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(
+            self._spec.run_id, self._config.token
+        )
 
     async def _listen(self, node: str) -> None:
         """Take a node agent's news, for as long as the node is there."""
         agent = self._agents[node]
+        try:
+            await self._take_news(node, agent)
+        finally:
+            if self._agents.get(node) is agent:
+                del self._agents[node]
+
+    async def _take_news(self, node: str, agent: Agent) -> None:
         while ray.is_initialized() and not self._closing:
             try:
                 for death in await agent.actor.next_deaths.remote():
                     self._died(death)
-            except ray.exceptions.ActorUnschedulableError:  # its node is gone
-                break
+            except (ray.exceptions.ActorUnschedulableError, ray.exceptions.RuntimeEnvSetupError):
+                return  # its node is gone, or nothing can run there: the workers tell
             except ray.exceptions.RayActorError:
                 agent.restarts += 1
                 if agent.restarts > AGENT_RESTARTS:
-                    break
+                    return
                 await asyncio.sleep(AGENT_RESTART_SECONDS)
                 agent.actor = self._new_agent(node)
                 for hand in self._hands.values():
                     if hand.node == node and not hand.lost:
-                        agent.actor.watch.remote(hand.number, hand.process)
-        self._agents.pop(node, None)
+                        self._go(self._be_watched(hand, agent))
 
     def _died(self, death: Death) -> None:
         """An agent's news. A worker that was lost before we killed it, or dying when we came to, ended by itself."""
@@ -355,17 +377,7 @@ class Hands:
         """End what is left of the run, everywhere, and see that it is gone; bounded."""
         self._closing = True
         self.kill_workers(do.KillWorkers(tuple(hand.number for hand in self._hands.values() if not hand.lost)))
-        agents = {node: agent.actor.end.remote(END_SECONDS) for node, agent in self._agents.items()}
-        for node, answer in agents.items():
-            try:
-                stubborn = await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_SECONDS)
-            except Exception as error:
-                logger.info(
-                    "node %s can't say whether all its processes are gone: %s", short_id(node), type(error).__name__
-                )
-            else:
-                if stubborn:
-                    logger.warning("node %s: processes %s would not go", short_id(node), stubborn)
+        await asyncio.gather(*(self._end_node(node, agent) for node, agent in self._agents.items()))
         self.release_bundles(do.ReleaseBundles(tuple(self._groups)))
         for task in list(self._background):
             if not task.done() and task.get_coro().__name__ != "_release":  # type: ignore[attr-defined]
@@ -373,6 +385,18 @@ class Hands:
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *self._background], timeout=AGENT_SECONDS)
         for agent in self._agents.values():
             ray.kill(agent.actor)
+
+    async def _end_node(self, node: str, agent: Agent) -> None:
+        try:
+            answer = agent.actor.end.remote(END_SECONDS)
+            stubborn = await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_SECONDS)
+        except Exception as error:
+            logger.info(
+                "node %s can't say whether all its processes are gone: %s", short_id(node), type(error).__name__
+            )
+        else:
+            if stubborn:
+                logger.warning("node %s: processes %s would not go", short_id(node), stubborn)
 
     def _go(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -16,12 +16,23 @@ import tempfile
 import time
 from dataclasses import dataclass
 
+import ray
+
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
-from raylaunch.worker.processes import Watch, children_of_run, end_process, ending_from_status, read_last_words
+from raylaunch.worker.processes import (
+    Watch,
+    end_process,
+    ending_from_status,
+    forget_last_words,
+    read_last_words,
+    started_with,
+)
 
 #: How long the kernel is asked how a process ended, in seconds.
 EXPLAIN_SECONDS = 1.0
+#: How long a child of a dead worker may take to be gone after its SIGKILL, in seconds.
+CHILD_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,20 @@ class Death:
 
 
 def last_words_directory(run_id: str) -> str:
-    """Where the workers of a run leave their last words, on each node."""
-    return os.path.join(tempfile.gettempdir(), f"raylaunch-{run_id}")
+    """Where the workers of a run leave their last words, on each node: in Ray's session folder there.
+
+    Private: 2.60 has no public way to it. A worker's container shares it with its node, and it belongs to Ray's user.
+    """
+    node = ray._private.worker._global_node  # noqa: SLF001
+    session = node.get_session_dir_path() if node is not None else tempfile.gettempdir()
+    return os.path.join(session, "raylaunch", run_id)
 
 
 class NodeAgent:
     """One node's agent. Every public method is called remotely, by the shell."""
 
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
+    def __init__(self, run_id: str, token: str) -> None:
+        self._token = token
         self._directory = last_words_directory(run_id)
         self._watches: dict[int, Watch] = {}
         self._processes: dict[int, Process] = {}
@@ -52,14 +68,18 @@ class NodeAgent:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def watch(self, worker: int, process: Process) -> None:
-        """Hold on to a worker's process."""
-        watch = Watch(process)
+    async def watch(self, worker: int, process: Process) -> bool:
+        """Hold on to a worker's process; False where this node doesn't let us (no descriptors left, no pidfds)."""
+        try:
+            watch = Watch(process)
+        except OSError:
+            return False
         self._watches[worker], self._processes[worker] = watch, process
         if watch.fileno() < 0:
             self._note(worker)
         else:
             asyncio.get_running_loop().add_reader(watch.fileno(), self._note, worker)
+        return True
 
     async def next_deaths(self) -> list[Death]:
         """Wait until some watched process is gone."""
@@ -84,9 +104,8 @@ class NodeAgent:
 
     async def end(self, seconds: float) -> list[int]:
         """End everything of the run on this node, bounded; returns the pids that would not go."""
-        left = [*self._processes.values(), *(Process(*found) for found in children_of_run(self._run_id))]
-        left = [process for process in left if process.pid != os.getpid()]
         loop = asyncio.get_running_loop()
+        left = [*self._processes.values(), *await loop.run_in_executor(None, started_with, f"{self._token}-")]
         ended = await asyncio.gather(*(loop.run_in_executor(None, end_process, one, seconds) for one in left))
         shutil.rmtree(self._directory, ignore_errors=True)
         return [process.pid for process, gone in zip(left, ended, strict=True) if not gone]
@@ -96,9 +115,16 @@ class NodeAgent:
         watch, process = self._watches.pop(worker), self._processes.pop(worker)
         if watch.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(watch.fileno())
-        task = asyncio.get_running_loop().create_task(self._explain(worker, watch, process))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for work in (self._explain(worker, watch, process), self._end_children(worker)):
+            task = asyncio.get_running_loop().create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _end_children(self, worker: int) -> None:
+        """End what a worker has left behind: Ray 2.60 reaches its children only in its own process group."""
+        loop = asyncio.get_running_loop()
+        for process in await loop.run_in_executor(None, started_with, f"{self._token}-{worker}"):
+            await loop.run_in_executor(None, end_process, process, CHILD_SECONDS)
 
     async def _explain(self, worker: int, watch: Watch, process: Process) -> None:
         ending = read_last_words(self._directory, process)
@@ -119,6 +145,7 @@ class NodeAgent:
                 ending = Ending(EndKind.KILLED, message=f"its process left with code {code}, which nobody asked for")
         if ending is not None:
             self._tell(worker, ending)
+        forget_last_words(self._directory, process)
 
     def _tell(self, worker: int, ending: Ending) -> None:
         self._deaths.append(Death(worker, ending, worker in self._killed))

@@ -24,7 +24,9 @@ NODE_LABEL = "ray.io/node-id"
 def create_group(spec: RunSpec, command: RequestBundles) -> PlacementGroup:
     """Ask Ray for a group; it may be pending for long."""
     labels = dict(spec.label_selector or {})
-    if command.only_nodes:
+    if NODE_LABEL in labels:
+        pass  # the user's own choice of nodes; Ray takes one condition per label
+    elif command.only_nodes:
         labels[NODE_LABEL] = f"in({','.join(command.only_nodes)})"
     elif command.avoid_nodes:
         labels[NODE_LABEL] = f"!in({','.join(command.avoid_nodes)})"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import sysconfig
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +23,7 @@ from raylaunch.cluster.shell import Shell
 from raylaunch.cluster.shipping import pack
 from raylaunch.cluster.worker_actor import WorkerConfig, versions
 from raylaunch.coordinator.commands import Finish, Outcome
-from raylaunch.errors import ConfigError, PlacementTimeout, RunFailedError, RunStopped, run_failed
+from raylaunch.errors import ConfigError, PlacementTimeout, RunFailedError, run_failed
 from raylaunch.journal import Journal
 from raylaunch.result import RunResult
 from raylaunch.spec import RunSpec
@@ -72,12 +74,13 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
     spec = replace(spec, versions=versions())
     payload = ray.put(packed)
     in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-    coordinator = start_coordinator(spec.run_id, spec.timeouts, owns_job=not in_ray_worker)
     environ = dict(os.environ)
     if in_ray_worker:
         environ.pop("OMP_NUM_THREADS", None)  # Ray's own, for this task or actor
+    coordinator = start_coordinator(spec.run_id, spec.timeouts, owns_job=not in_ray_worker)
     config = WorkerConfig(
         run_id=spec.run_id,
+        token=uuid.uuid4().hex,
         coordinator=coordinator,
         payload=(payload,),
         code_path=_code_path(),
@@ -122,9 +125,11 @@ def _stop(shell: Shell, spec: RunSpec, reason: str) -> None:
     try:
         shell.stop(reason)
         if shell.wait(spec.timeouts.stop + STOP_SLACK_SECONDS) is None:
-            logger.error("run %s could not be stopped in order", spec.run_id)
+            logger.error("run %s could not be stopped in order; ending it at once", spec.run_id)
+            shell.abandon()
+            shell.wait(STOP_SLACK_SECONDS)
     except (KeyboardInterrupt, SystemExit):
-        shell.stop(reason, now=True)
+        shell.abandon()
         shell.wait(STOP_SLACK_SECONDS)
 
 
@@ -139,10 +144,10 @@ def _result(shell: Shell, finish: Finish, spec: RunSpec, journal: str) -> RunRes
             journal=journal,
             recoveries=finish.recoveries,
         )
-    kinds = {Outcome.FAILED: RunFailedError, Outcome.NO_ROOM: PlacementTimeout, Outcome.STOPPED: RunStopped}
     failures = {failure.rank: failure for failure in finish.failures if failure.rank is not None}
     message = f"{finish.reason}\n{shell.shortage}" if shell.shortage else finish.reason
-    error = kinds[finish.outcome](message, finish.root_cause, failures, spec.run_id, journal)
+    kind = PlacementTimeout if finish.outcome is Outcome.NO_ROOM else RunFailedError
+    error = kind(message, finish.root_cause, failures, spec.run_id, journal)
     cause = _load_exception(shell.exception)
     raise run_failed(error, cause) from cause
 
@@ -162,9 +167,11 @@ def _code_path() -> tuple[str, ...]:
 
     Ray 2.60 gives its workers only the script's folder and the working directory.
     """
-    installed = (sys.prefix, sys.base_prefix, sys.exec_prefix)
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     paths = (os.path.abspath(path) for path in sys.path)
-    return tuple(path for path in paths if os.path.isdir(path) and not path.startswith(installed))
+    return tuple(
+        p for p in paths if os.path.isdir(p) and not any(p == i or p.startswith(f"{i}{os.sep}") for i in installed)
+    )
 
 
 def _log_root() -> str:

@@ -20,6 +20,7 @@ import ray.exceptions
 
 from raylaunch.cluster import placement
 from raylaunch.cluster.coordinator_actor import Behind
+from raylaunch.cluster.faults import ending_from
 from raylaunch.cluster.hands import Hands
 from raylaunch.cluster.worker_actor import WorkerConfig
 from raylaunch.coordinator import commands as do
@@ -36,6 +37,10 @@ SURVEY_SECONDS = 1.0
 SURVEY_NODES_PER_SECOND = 200
 #: How long the coordinator may be away before the run gives up, in seconds: Ray restarts it in 1.7.
 COORDINATOR_SECONDS = 60.0
+#: A coordinator that doesn't answer for this long, in seconds, is stuck: it is killed, and Ray restarts it.
+ANSWER_SECONDS = 20.0
+#: How many events of the journal are sent to a restarted coordinator at a time: it serves pulses in between.
+REPLAY_EVENTS = 2000
 #: How long the root cause's exception may take to reach the driver, in seconds.
 EXCEPTION_SECONDS = 10.0
 
@@ -65,8 +70,9 @@ class Shell:
         }
         self._history: list[e.Event] = []  # every event, in order: number n is at n - 1
         self._inbox: list[e.Event] = []
-        self._wakeup: asyncio.Event
-        self._loop: asyncio.AbstractEventLoop
+        self._wakeup = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._main_task: asyncio.Task[None]
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._finish: do.Finish | None = None
@@ -82,41 +88,52 @@ class Shell:
 
     def start(self) -> None:
         """Start the run."""
+        self._main_task = self._loop.create_task(self._main())
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> do.Finish | None:
-        """Wait for the end; None when it has not come in time. Raises `InternalError` for a bug of ours."""
+        """Wait for the end; None when it has not come in time, or the run was abandoned.
+
+        Raises `InternalError` for a bug of ours.
+        """
         if not self._done.wait(seconds):
             return None
         self._thread.join()
+        if isinstance(self._error, asyncio.CancelledError):  # abandoned
+            return None
         if isinstance(self._error, ConfigError):
             raise self._error
         if self._error is not None:
             raise InternalError(f"the launcher itself failed: {self._error!r}; please report it") from self._error
         return self._finish
 
-    def stop(self, reason: str, *, now: bool = False) -> None:
-        """Ask the run to end. Thread-safe."""
+    def stop(self, reason: str) -> None:
+        """Ask the run to end in order: the coordinator decides how. Thread-safe."""
         if not self._done.is_set():
-            self._loop.call_soon_threadsafe(self._stop, reason, now)
+            self._loop.call_soon_threadsafe(self._post_stop, reason)
 
-    def _stop(self, reason: str, now: bool) -> None:
-        self.post(e.StopRequested(time.monotonic(), reason, now))
+    def _post_stop(self, reason: str) -> None:
+        self.post(e.StopRequested(time.monotonic(), reason))
+
+    def abandon(self) -> None:
+        """End everything at once, without asking the coordinator: it may be what hangs. Thread-safe."""
+        if not self._done.is_set():
+            self._loop.call_soon_threadsafe(self._main_task.cancel)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._main())
+            asyncio.set_event_loop(self._loop)
+            self._loop.run_until_complete(self._main_task)
         except BaseException as error:  # whatever it is, the driver's thread must not wait for ever
             self._error = error
         finally:
+            self._loop.close()
             self._journal.close()
             self._done.set()
 
     async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._wakeup = asyncio.Event()
         try:
             self.post(e.RunRequested(time.monotonic(), self._spec))
             self._spawn(self._survey())
@@ -165,16 +182,29 @@ class Shell:
         until = time.monotonic() + COORDINATOR_SECONDS
         while True:
             try:
-                answer = await self._coordinator.handle.remote(first, batch)
-                if isinstance(answer, Behind):
-                    missing = self._history[answer.seq : first - 1]
-                    await self._coordinator.handle.remote(answer.seq + 1, missing, replay=True)
-                    continue
-                return list(answer)
-            except ray.exceptions.RayActorError:
+                answer = await self._ask(first, batch)
+                if not isinstance(answer, Behind):
+                    return answer
+                for done in range(answer.seq, first - 1, REPLAY_EVENTS):
+                    await self._ask(done + 1, self._history[done : first - 1][:REPLAY_EVENTS], replay=True)
+            except asyncio.TimeoutError:
+                logger.warning("the coordinator has not answered for %g s; restarting it", ANSWER_SECONDS)
+                ray.kill(self._coordinator, no_restart=False)
+            except (ray.exceptions.RayActorError, ray.exceptions.RuntimeEnvSetupError) as error:
+                ending = ending_from(error)
+                if ending.fatal:
+                    text = f"the coordinator can't be started on the driver's node: {ending.message}"
+                    raise ConfigError(text) from error
                 if time.monotonic() > until or not ray.is_initialized():
                     raise
                 await asyncio.sleep(0.1)  # it is being restarted
+
+    async def _ask(self, first: int, events: list[e.Event], *, replay: bool = False) -> list[Decision] | Behind:
+        reference = self._coordinator.handle.remote(first, events, replay=replay)
+        answer: list[Decision] | Behind = await asyncio.wait_for(
+            asyncio.wrap_future(reference.future()), ANSWER_SECONDS
+        )
+        return answer
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -245,4 +275,7 @@ class Shell:
                 for worker, seconds in await self._coordinator.next_silent.remote():
                     self.post(e.PulseMissed(time.monotonic(), worker, seconds))
             except ray.exceptions.RayActorError:
-                await asyncio.sleep(0.5)  # it is being restarted
+                # It is being restarted, empty. Any event makes the shell send it the journal, and in steady running
+                # there would be none for hours, while is_current() waits for it.
+                self.post(e.Tick(time.monotonic()))
+                await asyncio.sleep(0.5)

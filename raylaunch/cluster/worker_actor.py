@@ -33,6 +33,7 @@ from raylaunch.cluster.shipping import unpack
 from raylaunch.context import Context, enter_context
 from raylaunch.coordinator.commands import Assignment, Process
 from raylaunch.errors import Ending, EndKind, ending_of
+from raylaunch.version import __version__
 from raylaunch.worker import env as worker_env
 from raylaunch.worker import process_group
 from raylaunch.worker.payload import NoRetry, PayloadError, run_function
@@ -53,6 +54,8 @@ class WorkerConfig:
     """What every worker of a run is given when it starts."""
 
     run_id: str
+    #: Random: marks the run's processes, whatever run ids are about in the environment.
+    token: str
     coordinator: Any
     #: The pickled function; in a tuple, or Ray would fetch it before the worker starts.
     payload: tuple[Any]
@@ -106,6 +109,7 @@ class WorkerActor:
                 host=self._host,
             )
         )
+        os.environ["RAYLAUNCH_TOKEN"] = f"{config.token}-{worker}"
         sys.path += [path for path in config.code_path if path not in sys.path and os.path.isdir(path)]
         self._last_words = LastWords(last_words_directory(config.run_id))
         self._store: Any = None
@@ -233,7 +237,8 @@ class WorkerActor:
 def versions() -> dict[str, str]:
     """What has to be the same on the driver and on every node. Read without importing torch."""
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    for name in ("torch", "ray", "raylaunch"):
+    found["raylaunch"] = __version__
+    for name in ("torch", "ray"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 ROLL_CALL_SECONDS = 0.15
 #: Pause before a failed start is repeated: doubles from the first to the second of these, in seconds.
 RETRY_SECONDS = (0.25, 5.0)
+#: `Ending.error_type` of a worker on a node with other versions than the driver's.
+OTHER_VERSIONS = "OtherVersions"
+#: Once a generation has formed, the function is known to work: then these say something about the node.
+NODE_UNFIT = (OTHER_VERSIONS, "ModuleNotFoundError")
 #: While training goes on, a seat whose spare fails to start this often is left without one until the next generation.
 MAX_FAILED_STARTS = 5
 
@@ -237,11 +241,11 @@ def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:
     c.roll_open.discard(worker.id)
     c.kill([worker])
     gathering = c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL)
-    if ending.fatal and gathering:
+    if ending.fatal and gathering and not c.generation:
         incident = incident_for(c, worker, ending)
         incident.add(worker.id, failure, c.now)
         return conclude(c, _fatal_sentence(ending))
-    if ending.fatal:
+    if ending.error_type in NODE_UNFIT:
         node = c.roster.node(failure.node)
         node.unfit = ending.describe()
         c.roster.refresh_node(node)
@@ -255,13 +259,12 @@ def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:
         if not charge(c, incident, worker):
             return conclude(c, _budget_sentence(c))
         c.tell(f"{failure.describe()}; starting another", Level.WARNING)
-    if state in (WorkerState.STARTING, WorkerState.WARMING):
-        seat.failed_starts += 1
+    seat.failed_starts += 1
     if seat.bundle.group.id not in c.roster.groups:
         return None
     if gathering or seat.failed_starts < MAX_FAILED_STARTS or not seat.bundle.placed:
         first, longest = RETRY_SECONDS
-        pause = 0.0 if seat.failed_starts == 0 else min(longest, first * 2 ** (seat.failed_starts - 1))
+        pause = min(longest, first * 2 ** (seat.failed_starts - 1))
         c.roster.retry(seat, c.now + pause)
     return None
 

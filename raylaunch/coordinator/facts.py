@@ -79,7 +79,13 @@ def worker_started(c: Coordinator, event: e.WorkerStarted) -> None:
     c.roster.suspect(event.node, suspect=False)
     wrong = _differences(c.spec.versions, event.versions)
     if wrong:
-        endings.spare_failed(c, worker, _cannot_work(f"node {short_id(event.node)} has {wrong}"))
+        ending = Ending(
+            EndKind.CANNOT_WORK,
+            error_type=endings.OTHER_VERSIONS,
+            message=f"node {short_id(event.node)} has {wrong}",
+            fatal=True,
+        )
+        endings.spare_failed(c, worker, ending)
     elif worker.early is not None:
         worker_ready(c, worker.early)
 
@@ -93,7 +99,6 @@ def worker_ready(c: Coordinator, event: e.WorkerReady) -> None:
     if worker is None:
         return
     worker.port = event.port
-    worker.seat.failed_starts = 0
     node = c.roster.node(worker.node)
     node.memory_available, node.memory_per_worker = event.memory_available, event.memory_used
     c.roster.set_state(worker, WorkerState.READY)
@@ -116,7 +121,10 @@ def worker_joined(c: Coordinator, event: e.WorkerJoined) -> None:
     if worker is not None:
         c.roster.set_state(worker, WorkerState.RUNNING)
         c.roster.forget_predecessors(worker.seat)
+        worker.seat.failed_starts = 0
         c.joined += 1
+        if c.phase is Phase.STOPPING:
+            c.command(StopWorkers((worker.id,)))
 
 
 def worker_returned(c: Coordinator, event: e.WorkerReturned) -> None:
@@ -194,6 +202,8 @@ def node_lost(c: Coordinator, event: e.NodeLost) -> None:
     members = [seat.member for seat in seats if seat.member is not None]
     if members:
         endings.member_ended(c, members[0], Ending(EndKind.NODE_LOST))
+    for worker in [w for w in c.roster.workers.values() if w.state is WorkerState.DYING and w.node == node.id]:
+        c.roster.set_state(worker, WorkerState.GONE)  # whoever could not be reached there is gone now
     forget_bundles(c, [bundle for bundle in node.bundles.values() if bundle.group.id in c.roster.groups])
     return c.because(f"Ray has declared node {short_id(event.node)} dead")
 
@@ -286,10 +296,6 @@ def _member(c: Coordinator, worker: int, generation: int, state: WorkerState) ->
 def _span(spec: RunSpec) -> str:
     low, high = spec.bounds.min_workers, spec.bounds.max_workers
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _cannot_work(message: str) -> Ending:
-    return Ending(EndKind.CANNOT_WORK, message=message, fatal=True)
 
 
 def _differences(driver: dict[str, str], node: dict[str, str]) -> str:

@@ -155,8 +155,7 @@ class Coordinator:
 
     def enter(self, phase: Phase) -> None:
         """Go to another phase, one that the table allows."""
-        if phase not in TABLE[self.phase].leads_to:
-            raise InternalError(f"phase {phase.value!r} can't follow {self.phase.value!r}")
+        assert phase in TABLE[self.phase].leads_to, f"phase {phase.value!r} can't follow {self.phase.value!r}"
         self.phase = phase
 
     # -- groups and workers ------------------------------------------------------------------------------------------

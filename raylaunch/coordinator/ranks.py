@@ -71,10 +71,11 @@ def assign(
 
 
 def _own(seat: Seat, gpus_per_worker: float) -> tuple[str, ...]:
-    """The devices of one seat: its share of the bundle's, all of them where they are shared."""
+    """The devices of one seat: its share of the bundle's. Where seats share devices, the one that it falls on."""
     devices = seat.bundle.devices
     if gpus_per_worker < 1:
-        return devices
+        first = int(seat.slot * gpus_per_worker)
+        return devices[first : first + 1]
     share = int(gpus_per_worker)
     return devices[seat.slot * share : (seat.slot + 1) * share]
 

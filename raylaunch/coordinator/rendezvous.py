@@ -152,6 +152,8 @@ def _give_up(c: Coordinator, spent: float, room: int) -> GiveUp:
             f" {spent:.0f} s (timeouts.placement): {room} of {bounds.min_units} bundles of"
             f" {_amounts(c.spec.bundle_resources)} could be used"
         )
+        unfit = sorted(node.unfit for node in c.roster.nodes.values() if node.unfit)
+        text += f"; not used: {'; '.join(unfit)}" if unfit else ""
         if g.refusal:
             text += f"; Ray: {g.refusal}"
         return GiveUp(Outcome.NO_ROOM, text)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from raylaunch.coordinator import endings, rendezvous
 from raylaunch.coordinator.commands import Level
-from raylaunch.coordinator.roster import Bundle, Node, Standing
+from raylaunch.coordinator.roster import Bundle, Node, Standing, WorkerState
 from raylaunch.errors import short_id
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Plan:
     """A planned change of the running group."""
 
     reason: str
+    #: Spares of seats that stay which were not ready when the plan was made.
+    awaited: set[int]
     #: Go ahead at this time even if not everything is warm.
     latest: float
 
@@ -88,13 +90,14 @@ def decide(c: Coordinator) -> None:
         reason = _reason_to_leave(c) or _reason_to_grow(c)
         if not reason:
             return
-        c.plan = Plan(reason, latest=c.now + c.spec.timeouts.start)
         c.because(reason)
-        _warm_successors(c)
+        if c.spec.spares:
+            _fill(c, gently=False)
+        c.plan = Plan(reason, _warming(c), latest=c.now + c.spec.timeouts.start)
     if not _reason_to_leave(c) and not _fresh(c):
         c.plan = None  # what it was for has gone
         return
-    if c.now >= c.plan.latest or (_together(c) and _warm(c)):
+    if c.now >= c.plan.latest or (_together(c, c.plan) and _warm(c, c.plan)):
         _carry_out(c, c.plan)
     else:
         c.wake(c.plan.latest)
@@ -128,38 +131,35 @@ def _reason_to_leave(c: Coordinator) -> str:
     return f"node {', '.join(short_id(node.id) for node in draining)} is being drained"
 
 
-def _warm_successors(c: Coordinator) -> None:
-    """A spare in every seat that has a rank, so that the change is quick. A user who wants no spares gets none."""
-    if c.spec.spares == 0:
-        return
-    for bundle in c.roster.bundles():
-        for seat in bundle.seats:
-            if seat.member is not None and seat.spare is None and _stays(c, bundle):
-                c.start_worker(seat, gently=False)
-
-
 def _stays(c: Coordinator, bundle: Bundle) -> bool:
     node = c.roster.nodes[bundle.node]
     return not (node.draining or node.lost or node.unfit)
 
 
-def _together(c: Coordinator) -> bool:
+def _together(c: Coordinator, plan: Plan) -> bool:
     """Whether nothing more is about to be ready, or the first has waited long enough for it."""
     if not c.roster.unmanned[Standing.COMING]:
         return True
-    assert c.plan is not None
-    until = c.plan.latest - c.spec.timeouts.start + TOGETHER_SECONDS
+    until = plan.latest - c.spec.timeouts.start + TOGETHER_SECONDS
     if c.now < until:
         c.wake(until)
     return c.now >= until
 
 
-def _warm(c: Coordinator) -> bool:
-    """Whether every seat that stays has a ready spare (or none is wanted)."""
-    if c.spec.spares == 0:
-        return True
-    manned_coming = c.roster.standings[Standing.COMING] - c.roster.unmanned[Standing.COMING]
-    return manned_coming == 0
+def _warming(c: Coordinator) -> set[int]:
+    """Spares that are about to be ready in seats that hold a rank."""
+    starting = (WorkerState.STARTING, WorkerState.WARMING)
+    return {w.id for w in c.roster.workers.values() if w.state in starting and w.seat.member is not None}
+
+
+def _warm(c: Coordinator, plan: Plan) -> bool:
+    """Whether none of the spares that the plan waits for is still about to be ready."""
+    while plan.awaited:
+        worker = c.roster.workers.get(next(iter(plan.awaited)))
+        if worker is not None and worker.state in (WorkerState.STARTING, WorkerState.WARMING):
+            return False
+        plan.awaited.pop()
+    return True
 
 
 def _carry_out(c: Coordinator, plan: Plan) -> None:
@@ -181,12 +181,17 @@ def replenish_spares(c: Coordinator) -> None:
         c.wake(c.spares_due)
         return
     c.spares_due = None
+    _fill(c, gently=True)
+
+
+def _fill(c: Coordinator, *, gently: bool) -> None:
+    """Start a spare in each seat that holds a rank and has none, as many as each node may hold."""
     for node in c.roster.nodes.values():
         seats = [seat for bundle in node.bundles.values() for seat in bundle.seats]
         allowed = min(_allowed(c, node), len(seats)) - sum(seat.spare is not None for seat in seats)
         for seat in seats:
             if allowed > 0 and seat.spare is None and seat.member is not None and _stays(c, seat.bundle):
-                c.start_worker(seat, gently=True)
+                c.start_worker(seat, gently=gently)
                 allowed -= 1
 
 

@@ -3,7 +3,7 @@
     group 1──n bundle 1──unit seat 1──1 spare   (a worker without a rank)
                                   1──1 member  (the worker that is a rank of the live generation)
 
-The roster only keeps facts; what follows from them is decided in `machine.py`. A bundle's *standing* is recomputed
+The roster only keeps facts; what follows from them is decided in `decide.py`. A bundle's *standing* is recomputed
 whenever something in the bundle changes, and counted, so that ten thousand seats cost no more per event than ten.
 """
 
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from raylaunch.coordinator.commands import Process
 from raylaunch.coordinator.events import WorkerReady
-from raylaunch.errors import InternalError
 
 
 class WorkerState(str, enum.Enum):
@@ -280,8 +279,7 @@ class Roster:
 
     def add_worker(self, seat: Seat, *, at: float, gently: bool) -> Worker:
         """A new spare for a seat that has none."""
-        if seat.spare is not None:
-            raise InternalError(f"seat {seat.slot} of bundle {seat.bundle.index} has a spare already")
+        assert seat.spare is None, f"seat {seat.slot} of bundle {seat.bundle.index} has a spare already"
         self.last_worker += 1
         worker = Worker(self.last_worker, seat, at, gently)
         self.workers[worker.id] = worker

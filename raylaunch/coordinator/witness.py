@@ -114,7 +114,7 @@ class Witness:
 
     def _is_late(self, event: e.Event) -> bool:
         """Whether an event is about something that has ended (and no deadline happens to pass with it)."""
-        if self.wake is not None and event.at >= self.wake:
+        if self.wake is not None and event.at >= self.wake - 1e-6:  # the sums of floats differ in their last digits
             return False
         seen = self.workers.get(getattr(event, "worker", 0))
         if seen is None:

@@ -12,6 +12,7 @@ clusters on the machine are not touched, but Ray 2.60 notes the newest one in a 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raylaunch.cluster.coordinator_actor import NAMESPACE, Member, Status, actor_name
+from raylaunch.worker.process_group import FAKE_GPUS
 
 #: Ray's health checks, made quicker than its defaults (5 s, 3 s, 10 s, 5 times), so that a dead node is declared dead
 #: in some 2 s instead of 15. Real clusters have the defaults: see `fast_health_checks`.
@@ -50,6 +52,8 @@ class LocalCluster:
 
     def __init__(self, nodes: int = 1, cpus: int = 2, gpus: int = 0, *, fast_health_checks: bool = True) -> None:
         self._size: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+        if gpus > len(glob.glob("/dev/nvidia[0-9]*")):
+            self._size["env_vars"] = {FAKE_GPUS: "1"}
         settings = {"_system_config": FAST_HEALTH_CHECKS} if fast_health_checks else {}
         head = {**self._size, "include_dashboard": False, **settings}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)

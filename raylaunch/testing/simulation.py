@@ -207,6 +207,8 @@ class _Run:
         """While a run is smaller than allowed and there is room, it must grow before long."""
         machine, spec, now = self.coordinator, self.schedule.spec, self.cluster.clock.now
         wanting = machine.phase is Phase.RUNNING and spec.grow and machine.world_size < spec.bounds.max_workers
+        # Ray brings lost bundles of the minimum back all or none, and growth waits for them.
+        wanting = wanting and not machine.roster.minimum_pending
         placement = self.cluster.placement
         if not wanting or placement.others_told or placement.units() <= machine.world_size // spec.bounds.unit:
             self.could_grow_since = None

@@ -163,13 +163,13 @@ def end_process(process: Process, seconds: float, *, patience: float = 0.0) -> b
         return watch.wait(seconds)
 
 
-def children_of_run(run_id: str) -> list[tuple[int, int]]:
-    """Processes (pid, started) of this user that were started with RAYLAUNCH_RUN_ID=run_id, this one left out.
+def started_with(token: str) -> list[Process]:
+    """Processes of this user that were started with RAYLAUNCH_TOKEN=`token`, or one that begins so if it ends in "-".
 
-    /proc shows the environment that a program was started with. A Python process that set the variable itself, as a
-    worker does, is therefore not found, nor are its forks; the programs that they start are.
+    This one is left out. /proc shows the environment that a program was started with. A Python process that set the
+    variable itself, as a worker does, is therefore not found, nor are its forks; the programs that they start are.
     """
-    wanted = f"\0RAYLAUNCH_RUN_ID={run_id}\0".encode()
+    wanted = f"\0RAYLAUNCH_TOKEN={token}".encode() + (b"" if token.endswith("-") else b"\0")
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -182,7 +182,7 @@ def children_of_run(run_id: str) -> list[tuple[int, int]]:
         except OSError:  # gone meanwhile, or somebody else's
             continue
         if matches and started is not None and started == start_time(pid):
-            found.append((pid, started))
+            found.append(Process(pid, started))
     return found
 
 
@@ -196,7 +196,7 @@ class LastWords:
     def __init__(self, directory: str) -> None:
         self._pid = os.getpid()
         self._leave = os._exit
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         path = _last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
         # Kept open: neither a full descriptor table nor a signal handler should have to open it at the end.
         self._file = path.open("wb", buffering=0)
@@ -229,6 +229,11 @@ def read_last_words(directory: str, process: Process) -> Ending | None:
         return Ending(EndKind.SIGNALED, signal=int(_FATAL[crash[1]]), traceback=text[crash.start() :])
     note = re.search(r"raylaunch: exit (-?\d+): (.*)", text)
     return Ending(EndKind.EXITED, exit_code=int(note[1]) & 0xFF, message=note[2]) if note else None
+
+
+def forget_last_words(directory: str, process: Process) -> None:
+    """Remove what a process has written."""
+    _last_words_path(directory, process).unlink(missing_ok=True)
 
 
 def _last_words_path(directory: str, process: Process) -> Path:

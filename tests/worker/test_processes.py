@@ -15,11 +15,11 @@ from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.processes import (
     Watch,
-    children_of_run,
     end_process,
     ending_from_status,
     read_last_words,
     start_time,
+    started_with,
 )
 
 SLEEPER = "import signal; print('up', flush=True); signal.pause()"
@@ -153,21 +153,23 @@ def test_waiting_is_bounded(sleeper):
 
 
 def test_the_processes_of_a_run_are_found(sleeper):
-    mine = sleeper(SLEEPER, RAYLAUNCH_RUN_ID="run-1")
-    sleeper(SLEEPER, RAYLAUNCH_RUN_ID="run-11")
-    sleeper(SLEEPER, OTHER_RAYLAUNCH_RUN_ID="run-1")
+    mine = sleeper(SLEEPER, RAYLAUNCH_TOKEN="run-1")
+    sleeper(SLEEPER, RAYLAUNCH_TOKEN="run-11")
+    sleeper(SLEEPER, OTHER_RAYLAUNCH_TOKEN="run-1")
     # a worker, which sets the variable itself, isn't found; the programs that it starts are
     worker = sleeper(
-        "import os, subprocess, sys; os.environ['RAYLAUNCH_RUN_ID'] = 'run-1'\n"
+        "import os, subprocess, sys; os.environ['RAYLAUNCH_TOKEN'] = 'run-1'\n"
         "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
         "print('up', flush=True); print(child.pid, flush=True); input(); child.communicate()"
     )
     child = int(worker.stdout.readline())
-    expected = {(pid, start_time(pid)) for pid in (mine.pid, child)}
-    assert set(children_of_run("run-1")) == expected
-    assert children_of_run("run-2") == []
+    expected = {Process(pid, start_time(pid)) for pid in (mine.pid, child)}
+    assert set(started_with("run-1")) == expected
+    several = sleeper(SLEEPER, RAYLAUNCH_TOKEN="abc-7")
+    assert started_with("abc-") == started_with("abc-7") == [Process(several.pid, start_time(several.pid))]
+    assert started_with("run-2") == []
     worker.communicate("\n")
-    assert children_of_run("run-1") == [(mine.pid, start_time(mine.pid))]
+    assert started_with("run-1") == [Process(mine.pid, start_time(mine.pid))]
 
 
 LAST_WORDS = """
