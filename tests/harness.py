@@ -120,3 +120,11 @@ def _same_process(pid: int, started: int) -> bool:
     except OSError:
         return False
     return fields[0] not in ("Z", "X") and int(fields[19]) == started
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import eventually
+from harness import eventually, leftovers
 from steps import step_until
+
+import raylaunch
 
 #: Three ranks stepped on with at most 14 ms between two steps when this was tried by hand; a coordinator takes 1.7 s
 #: to come back. Whoever waits for it misses more than this.
@@ -103,3 +108,67 @@ def test_killed_while_the_results_are_collected_the_run_succeeds(one_node, start
     gate("enough").touch()
     os.kill(pid, signal.SIGKILL)
     assert [rank for rank, _, _ in run.result()] == [0, 1]
+
+
+def asks_whether_it_is_current(enough: Path, answers: Path) -> None:
+    context = raylaunch.get_context()
+    while not enough.exists():
+        asked = time.monotonic()
+        current = context.is_current()
+        with answers.open("a") as file:
+            file.write(f"{current} {asked} {time.monotonic()}\n")
+        time.sleep(0.02)
+
+
+def test_killed_when_nothing_else_happens_it_answers_is_current_again_before_long(one_node, start, gate):
+    run = start(asks_whether_it_is_current, args=(gate("enough"), gate("answers")), num_workers=1)
+    run.running()
+    run.wait_for_event("Tick")  # the last one that the coordinator had asked for: now nothing is due
+    killed = time.monotonic()
+    kill_coordinator(one_node)
+
+    def answers() -> list[tuple[str, float, float]]:
+        lines = gate("answers").read_text().splitlines()
+        return [(line.split()[0], *map(float, line.split()[1:])) for line in lines if len(line.split()) == 3]
+
+    eventually(lambda: [a for a in answers() if a[1] > killed + 1], "it answers again")
+    gate("enough").touch()
+    run.result()
+    assert {current for current, _, _ in answers()} == {"True"}
+    assert max(answered - asked for _, asked, answered in answers()) < 15  # its lease is 30
+
+
+@pytest.mark.slow
+def test_stopped_for_good_it_is_replaced_and_the_run_goes_on(one_node, start, gate):
+    run = start(step_until, args=(gate("enough"),), num_workers=2)
+    run.running()
+    pid = coordinator_pid(one_node)
+    os.kill(pid, signal.SIGSTOP)
+    os.kill(run.events("WorkerStarted")[0]["pid"], signal.SIGKILL)
+    eventually(lambda: not runs(pid), "it is killed")
+    run.running(generation=2)
+    gate("enough").touch()
+    assert run.result().restarts == 1
+
+
+def test_killed_while_the_run_is_being_stopped_the_stop_goes_on(one_node, tmp_path):
+    folder = tmp_path / "runs"
+    script = (
+        "import sys, time, ray, raylaunch\n"
+        f"ray.init(address={one_node.address!r}, log_to_driver=False)\n"
+        "def waits(started):\n"
+        "    import pathlib, signal, time\n"
+        "    def slowly(*_):\n"
+        "        pathlib.Path(started + '.stopping').touch(); time.sleep(3); raise SystemExit\n"
+        "    signal.signal(signal.SIGTERM, slowly)\n"
+        "    pathlib.Path(started).touch()\n"
+        "    time.sleep(100)\n"
+        f"raylaunch.run(waits, args=({str(tmp_path / 'started')!r},), log_dir={str(folder)!r}, spares=0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as driver:
+        eventually((tmp_path / "started").exists, "the run trains")
+        driver.send_signal(signal.SIGINT)
+        eventually((tmp_path / "started.stopping").exists, "the rank stops")
+        kill_coordinator(one_node)
+        assert driver.wait(60) != 0
+    eventually(lambda: not leftovers(folder), "nothing is left behind", 10)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
-from harness import eventually
+from harness import eventually, runs
 from steps import any_rank, step_until
 from test_coordinator_dies import coordinator_pid
 
@@ -75,7 +75,7 @@ def test_a_stopped_rank_is_given_up_when_it_is_silent_for_too_long_and_killed(tw
     run.running()
     stopped = two_nodes.pause_worker(run.id, 0)
     run.running(generation=2)
-    assert not psutil.pid_exists(stopped) or psutil.Process(stopped).status() == psutil.STATUS_ZOMBIE
+    assert not runs(stopped)
     gate("enough").touch()
     result = run.result()
     assert list(result) == [2, 2]
@@ -104,19 +104,12 @@ def test_a_worker_without_its_coordinator_for_a_lease_ends_itself_and_the_run_re
     coordinator = coordinator_pid(two_nodes)
     os.kill(coordinator, signal.SIGSTOP)
     try:
-        eventually(lambda: not any(_runs(pid) for pid in workers), "the workers end themselves")
+        eventually(lambda: not any(runs(pid) for pid in workers), "the workers end themselves")
     finally:
         os.kill(coordinator, signal.SIGCONT)
     run.running(generation=2)
     gate("enough").touch()
     assert "lease" in run.result().recoveries[0].cause
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_two_nodes_that_die_together_are_one_re_formation(two_nodes, start, gate):
