@@ -832,3 +832,51 @@ def test_what_arrives_after_the_end_is_accepted_and_changes_nothing():
     ):
         assert not late.commands
         assert late.after is Phase.DONE
+
+
+def test_a_rank_that_joins_while_the_run_is_being_stopped_is_asked_to_stop_too():
+    story = Story(2)
+    story.place(1, "a", "b")
+    story.start()
+    story.send(e.WorkerJoined, story.rank(0), 1)
+    story.send(e.StopRequested, "Ctrl-C")
+    late = story.rank(1)
+    story.mark()
+    story.send(e.WorkerJoined, late, 1)
+    assert story.new(c.StopWorkers) == [c.StopWorkers((late,))]
+
+
+def test_a_spare_that_dies_again_and_again_is_given_up_until_the_next_generation():
+    story = Story(1, spares=1).run("a")
+    for _ in range(50):
+        story.wait(6)
+        story.start()
+        spares = [w for w in story.ready if w != story.rank(0) and not story._ended(w)]
+        for spare in spares:
+            story.lose(spare)
+    assert len(story.all(c.StartWorker)) < 10
+    assert story.coordinator.restarts == 0
+
+
+def test_workers_that_share_gpus_are_spread_over_the_bundles_gpus():
+    story = Story(4, workers_per_node=4, use_gpu=True, backend="gloo", resources_per_worker={"GPU": 0.5}, spares=0)
+    story.devices[1, 0] = ("0", "1")
+    story.place(1, "a")
+    story.start()
+    own = [command.assignment.own_devices for command in story.all(c.Promote)]
+    assert own == [(0,), (0,), (1,), (1,)]
+
+
+def test_a_failed_start_after_the_first_generation_is_tried_again_whatever_it_says():
+    story = Story(2, spares=1).run("a", "b").warm()
+    preload = Ending(EndKind.CANNOT_WORK, error_type="", message="preload can't be imported there", fatal=True)
+    story.lose(story.rank(0))
+    story.join()
+    story.wait(1.5)
+    first = story.due()[0]
+    story.start(first, get_ready=False)
+    story.send(e.WorkerFailed, first, 0, preload)
+    story.mark()
+    story.wait(10)
+    assert story.new(c.StartWorker)
+    assert story.phase is Phase.RUNNING

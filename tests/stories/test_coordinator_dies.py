@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import eventually, leftovers
+from harness import eventually, leftovers, runs
 from steps import step_until
 
 import raylaunch
