@@ -62,8 +62,8 @@ class Ending:
     fatal: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "message", _cut(self.message, MESSAGE_LIMIT))
-        object.__setattr__(self, "traceback", _cut(self.traceback, TRACEBACK_LIMIT))
+        object.__setattr__(self, "message", _cut(_plain(self.message), MESSAGE_LIMIT))
+        object.__setattr__(self, "traceback", _cut(_plain(self.traceback), TRACEBACK_LIMIT))
 
     def describe(self) -> str:
         """One clause for people: `killed by SIGKILL`, `raised ValueError: no such column`."""
@@ -114,6 +114,8 @@ class Failure:
         if self.ending.kind is EndKind.NODE_LOST:
             return f"node {short_id(self.node)} lost{' (' + self.ending.message + ')' if self.ending.message else ''}"
         who = "a worker without a rank" if self.rank is None else f"rank {self.rank}"
+        if self.ending.kind is EndKind.CANNOT_WORK:
+            who += ":"
         place = [f"node {short_id(self.node)}"] if self.node else []
         place += [f"pid {self.pid}"] if self.pid else []
         where = f" ({', '.join(place)})" if place else ""
@@ -181,11 +183,9 @@ class RunFailedError(RaylaunchError):
     def __str__(self) -> str:
         lines = [self.message]
         if self.root_cause is not None and self.root_cause.ending.traceback:
-            lines += [
-                "",
-                f"Remote traceback of rank {self.root_cause.rank}:",
-                self.root_cause.ending.traceback.rstrip(),
-            ]
+            rank = self.root_cause.rank
+            who = "a worker without a rank" if rank is None else f"rank {rank}"
+            lines += ["", f"Remote traceback of {who}:", self.root_cause.ending.traceback.rstrip()]
         if self.journal:
             lines += ["", f"journal: {self.journal}"]
         return "\n".join(lines)
@@ -287,6 +287,11 @@ def signal_name(number: int | None) -> str:
 def short_id(node: str) -> str:
     """The first characters of a node id: enough to tell nodes apart on a console."""
     return node[:8]
+
+
+def _plain(text: str) -> str:
+    """`text` without what can't be written to a log, such as lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cut(text: str, limit: int) -> str:

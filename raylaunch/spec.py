@@ -20,6 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from raylaunch.errors import ConfigError
 
+#: Three years, in seconds: more than any wait makes sense, less than the operating system's timers can't hold.
+LONGEST_TIMEOUT = 1e8
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
@@ -72,8 +74,8 @@ class Timeouts:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ConfigError(f"timeouts.{item.name}={value!r}: must be a finite number of seconds")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LONGEST_TIMEOUT:
+                raise ConfigError(f"timeouts.{item.name}={value!r}: must be a finite number of seconds, at most 1e8")
             may_be_zero = item.name in ("placement", "last_call", "stop", "min_generation_age")
             if value < 0 or (value == 0 and not may_be_zero):
                 raise ConfigError(f"timeouts.{item.name}={value!r}: must be {'at least' if may_be_zero else 'above'} 0")
@@ -223,8 +225,8 @@ def _resources(given: Any, use_gpu: bool) -> dict[str, float]:
     amounts = dict(given or {})
     for name, amount in amounts.items():
         shown = f"resources_per_worker[{name!r}]={amount!r}"
-        if not isinstance(name, str):
-            raise ConfigError(f"{shown}: a resource's name must be a string")
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"{shown}: a resource's name must be a string, and not empty")
         if isinstance(amount, bool) or not isinstance(amount, numbers.Real) or not math.isfinite(amount) or amount < 0:
             raise ConfigError(f"{shown}: must be a number, at least 0")
     if "GPU" in amounts and amounts["GPU"] and not use_gpu:

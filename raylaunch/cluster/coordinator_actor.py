@@ -133,7 +133,7 @@ class CoordinatorActor:
         workers = self._machine.roster.workers if self._restored.is_set() else {}
         # A lease must hold several pulses, whatever that costs.
         interval = max(SHORTEST_PULSE_SECONDS, len(workers) * PULSE_SECONDS_PER_WORKER)
-        interval = min(interval, self._timeouts.lease / 4)
+        interval = min(interval, self._timeouts.lease / 4, self._timeouts.unresponsive / 4)
         known = workers.get(worker)
         ended = self._restored.is_set() and (known is None or known.state is WorkerState.DYING)
         return PulseReply(interval, ended)

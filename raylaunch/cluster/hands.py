@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ logger = logging.getLogger("raylaunch")
 #: At the end of a run: how long processes may take to be gone after SIGKILL, and how long an agent may take to say so.
 END_SECONDS = 3.0
 AGENT_SECONDS = 5.0
+#: A worker that may know the cause gets this long between SIGTERM and SIGKILL to tell it, in seconds. Nothing waits.
+LAST_WORD_SECONDS = 0.15
 #: How long an agent may take to kill workers before Ray is asked to, in seconds.
 AGENT_KILL_SECONDS = 0.5
 #: A node agent that died is started again after this pause, in seconds, and this often.
@@ -53,7 +56,6 @@ class Hand:
     exception: Any = None  # a reference to its pickled exception
     killed: bool = False  # by us
     lost: bool = False  # and the coordinator knows
-    unasked: bool = False  # lost before we killed it
     watched: bool = False  # by its node's agent
 
 
@@ -105,7 +107,8 @@ class Hands:
         else:
             if number in self._groups:
                 for node in nodes:
-                    self._ensure_agent(node)  # now, so that it watches before a worker can die
+                    with contextlib.suppress(Exception):  # what Ray refuses here, it refuses the workers, who tell
+                        self._ensure_agent(node)  # now, so that it watches before a worker can die
                 self._post(e.BundlesPlaced(time.monotonic(), number, nodes))
 
     def release_bundles(self, command: do.ReleaseBundles) -> None:
@@ -135,9 +138,12 @@ class Hands:
             if hand.killed:
                 return self._lost(hand, Ending(EndKind.KILLED))
             where = placement.in_bundle(group, command.bundle)
-            hand.actor = self._worker_class.options(**self._worker_options, scheduling_strategy=where).remote(
-                hand.number, self._config
-            )
+            options = {**self._worker_options, "scheduling_strategy": where}
+            try:
+                hand.actor = self._worker_class.options(**options).remote(hand.number, self._config)
+            except Exception as error:  # Ray refuses it before it asks anybody: the runtime_env, for one
+                message = f"Ray can't start workers like that: {error}"
+                return self._lost(hand, Ending(EndKind.CANNOT_WORK, message=message, fatal=True))
             probe = self._probe(command, group)
             hello: Hello = await hand.actor.hello.remote()
             hand.node, hand.process = hello.node, hello.process
@@ -227,6 +233,8 @@ class Hands:
                 return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, failed))
             self._post(e.WorkerJoined(time.monotonic(), hand.number, generation))
             ending: Ending = await outcome
+            if hand.killed and ending.signal == signal.SIGTERM:
+                return None  # ours, or Ray's on our behalf
         except Exception as error:
             return self._lost(hand, ending_from(error))
         if ending.kind is EndKind.RETURNED:
@@ -239,7 +247,7 @@ class Hands:
 
     async def _collect(self, hand: Hand, generation: int) -> None:
         try:
-            self.values[hand.number] = await hand.actor.collect.remote()
+            (self.values[hand.number],) = await hand.actor.collect.remote()
         except Exception as error:
             if is_loss(error):
                 return self._lost(hand, ending_from(error))
@@ -262,15 +270,16 @@ class Hands:
                 self._hands[worker].killed = True
         by_node = self._by_node(command.workers)
         watched = {worker for workers in by_node.values() for worker in workers}
+        grace = LAST_WORD_SECONDS if command.last_word else 0.0
         for node, workers in by_node.items():
-            self._go(self._kill_watched(node, workers))
+            self._go(self._kill_watched(node, workers, grace))
         self._kill_by_ray([worker for worker in command.workers if worker not in watched])
 
-    async def _kill_watched(self, node: str, workers: list[int]) -> None:
+    async def _kill_watched(self, node: str, workers: list[int], grace: float) -> None:
         """The agent kills first: its SIGKILL reaches a stopped process too, and it sees who was dead before."""
-        answer = self._agents[node].actor.kill.remote(workers)
+        answer = self._agents[node].actor.kill.remote(workers, grace)
         with contextlib.suppress(Exception):  # the node may be gone
-            await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_KILL_SECONDS)
+            await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_KILL_SECONDS + grace)
         self._kill_by_ray(workers)
 
     def _kill_by_ray(self, workers: list[int]) -> None:
@@ -300,7 +309,6 @@ class Hands:
             self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
         else:
             hand.lost = ending.kind is not EndKind.UNREACHABLE
-            hand.unasked = hand.lost and not hand.killed
             self._post(e.WorkerLost(time.monotonic(), hand.number, ending))
 
     # -- node agents -------------------------------------------------------------------------------------------------
@@ -346,6 +354,7 @@ class Hands:
             try:
                 for death in await agent.actor.next_deaths.remote():
                     self._died(death)
+                agent.restarts = 0
             except (ray.exceptions.ActorUnschedulableError, ray.exceptions.RuntimeEnvSetupError):
                 return  # its node is gone, or nothing can run there: the workers tell
             except ray.exceptions.RayActorError:
@@ -359,11 +368,11 @@ class Hands:
                         self._go(self._be_watched(hand, agent))
 
     def _died(self, death: Death) -> None:
-        """An agent's news. A worker that was lost before we killed it, or dying when we came to, ended by itself."""
+        """An agent's news. A worker that was dying when the agent came to kill it had ended by itself."""
         hand = self._hands.get(death.worker)
         if hand is None:
             return
-        by_itself = hand.unasked or not death.killed
+        by_itself = not death.killed and not (hand.killed and death.ending.signal == signal.SIGTERM)
         if by_itself and (hand.lost or hand.killed):
             self._post(e.EndingLearnt(time.monotonic(), hand.number, death.ending))
         if not hand.lost:

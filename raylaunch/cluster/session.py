@@ -17,6 +17,8 @@ from typing import Any
 
 import ray
 import ray.cloudpickle
+from ray.runtime_env import RuntimeEnv
+from ray.util.placement_group import validate_placement_group
 
 from raylaunch.cluster.coordinator_actor import start_coordinator
 from raylaunch.cluster.shell import Shell
@@ -58,12 +60,16 @@ class Job:
         if not all(isinstance(item, type) and issubclass(item, BaseException) for item in types):
             raise ConfigError(f"no_retry={self.no_retry!r}: must be a tuple of exception types, as (ValueError,)")
         for name, items, example in (("copy_env", self.copy_env, "MY_*"), ("preload", self.preload, "torch")):
-            if not isinstance(items, (tuple, list)) or not all(isinstance(item, str) for item in items):
-                raise ConfigError(f"{name}={items!r}: must be a tuple of strings, as ({example!r},)")
+            if not isinstance(items, (tuple, list)) or not all(isinstance(item, str) and item for item in items):
+                raise ConfigError(
+                    f"{name}={items!r}: must be a tuple of strings (none of them empty), as ({example!r},)"
+                )
         if self.runtime_env is not None and not isinstance(self.runtime_env, Mapping):
             raise ConfigError(f"runtime_env={self.runtime_env!r}: must be a dictionary, as Ray's runtime_env")
         if self.log_dir is not None and not isinstance(self.log_dir, (str, os.PathLike)):
             raise ConfigError(f"log_dir={self.log_dir!r}: must be a path")
+        if "\0" in str(self.log_dir):
+            raise ConfigError(f"log_dir={self.log_dir!r}: the operating system allows no zero byte")
 
 
 def launch(spec: RunSpec, job: Job) -> RunResult:
@@ -71,6 +77,7 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
     job.check()
     packed = pack(job.train_fn, job.args, job.kwargs, tuple(job.no_retry))
     connect()
+    _check_with_ray(spec, job)
     spec = replace(spec, versions=versions())
     payload = ray.put(packed)
     in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
@@ -106,6 +113,20 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
         raise
     assert finish is not None, "a wait without a limit ends with the run"
     return _result(shell, finish, spec, journal.path)
+
+
+def _check_with_ray(spec: RunSpec, job: Job) -> None:
+    """What Ray itself would refuse later, in the middle of things."""
+    labels = [spec.label_selector] if spec.label_selector else None
+    try:
+        validate_placement_group([spec.bundle_resources], spec.placement_strategy, bundle_label_selector=labels)
+    except Exception as error:
+        shown = f"label_selector={spec.label_selector!r}, resources_per_worker={spec.resources_per_worker!r}"
+        raise ConfigError(f"{shown}: Ray refuses them: {error}") from error
+    try:
+        RuntimeEnv(**(job.runtime_env or {}))
+    except Exception as error:
+        raise ConfigError(f"runtime_env={job.runtime_env!r}: Ray refuses it: {error}") from error
 
 
 def connect() -> None:
@@ -157,7 +178,7 @@ def _load_exception(pickled: bytes | None) -> BaseException | None:
         return None
     try:
         loaded = ray.cloudpickle.loads(pickled)
-    except Exception:  # its class isn't importable in the driver
+    except (Exception, SystemExit):  # its class isn't importable in the driver
         return None
     return loaded if isinstance(loaded, BaseException) else None
 

@@ -36,7 +36,7 @@ from raylaunch.errors import Ending, EndKind, ending_of
 from raylaunch.version import __version__
 from raylaunch.worker import env as worker_env
 from raylaunch.worker import process_group
-from raylaunch.worker.payload import NoRetry, PayloadError, run_function
+from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_function
 from raylaunch.worker.processes import LastWords, end_process, start_time
 
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
@@ -200,18 +200,18 @@ class WorkerActor:
             ending = Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
         return ending, pickled
 
-    def collect(self) -> Any:
-        """train_fn's value.
+    def collect(self) -> tuple[Any]:
+        """train_fn's value, wrapped: Ray 2.60 takes a generator for several values.
 
         A rank that returns early leaves the group, so that peers that wait for it fail at once; it does so here,
         after the coordinator has heard that it returned, so that their failure finds its cause.
         """
         process_group.leave()
-        return self._value
+        return (self._value,)
 
     def _on_sigterm(self, _number: int, _frame: FrameType | None) -> NoReturn:
         self._terminated = True
-        raise SystemExit(128 + signal.SIGTERM)
+        raise Terminated(128 + signal.SIGTERM)
 
     def _context(self, assignment: Assignment) -> Context:
         config = self._config

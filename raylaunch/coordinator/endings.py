@@ -43,14 +43,14 @@ def live_workers(c: Coordinator) -> list[Worker]:
     return [c.roster.workers[c.members[rank]] for rank in range(c.world_size) if c.members]
 
 
-def end_generation(c: Coordinator) -> None:
+def end_generation(c: Coordinator, *, last_word: bool = False) -> None:
     """Fence the live generation and kill all of it. Nothing that it sends is accepted from here on."""
     members = [c.roster.workers[worker] for worker in c.members.values() if worker in c.roster.workers]
     c.members = {}
     c.plan = None
     c.spares_due = None
     c.pulse_told = set()
-    c.kill(members)
+    c.kill(members, last_word=last_word)
 
 
 def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
@@ -63,7 +63,7 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     for member in live_workers(c):
         incident.members[member.id] = failure_of(member, Ending(EndKind.NODE_LOST))
     incident.add(worker.id, failure, c.now)
-    end_generation(c)
+    end_generation(c, last_word=ending.collateral)
     if ending.fatal:
         conclude(c, _fatal_sentence(ending))
         return
@@ -72,7 +72,8 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
         return
     c.recovering = incident
     incident.told = incident.describe()
-    c.tell(f"generation {c.generation} ended: {incident.told}; re-forming", Level.WARNING)
+    text = incident.told if incident.generation == c.generation else failure.describe()
+    c.tell(f"generation {c.generation} ended: {text}; re-forming", Level.WARNING)
     spares = [spare.id for spare in c.roster.workers.values() if spare.state is WorkerState.READY]
     if rootcause.may_be_lost_node(ending) and spares:
         _call_roll(c, spares)
@@ -140,11 +141,15 @@ def _call_roll(c: Coordinator, spares: list[int]) -> None:
 
 
 def conclude(c: Coordinator, verdict: str) -> None:
-    """The run has failed: end everything, and wait until the root cause is settled."""
+    """The run has failed: end everything, and wait until the root cause is settled.
+
+    The groups are given back in the end: Ray kills whatever is in a group that is removed, and whoever is on its way
+    out with the cause should get its moment.
+    """
     c.verdict = verdict
     c.because(verdict)
     end_generation(c)
-    c.release_groups(list(c.roster.groups.values()))
+    c.kill([worker for worker in c.roster.workers.values() if worker.state is not WorkerState.DYING])
     c.enter(Phase.SETTLING)
 
 
@@ -223,6 +228,8 @@ def starts_timed_out(c: Coordinator, reason: str) -> None:
     if not late:  # their seats wait for the next start
         return
     ending = Ending(EndKind.TIMED_OUT, message=reason)
+    if c.incident is not None:
+        settle(c, c.incident)  # each time is a failure of its own
     incident = incident_for(c, late[0], ending)
     incident.add(late[0].id, failure_of(late[0], ending), c.now)
     if not charge(c, incident, late[0]):

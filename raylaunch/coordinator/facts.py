@@ -35,8 +35,8 @@ def bundles_placed(c: Coordinator, event: e.BundlesPlaced) -> None:
     group = c.roster.groups.get(event.group)
     if group is None:
         return c.because("late: the group was released")
-    if c.phase is Phase.STOPPING:
-        return c.because("the run is being stopped")
+    if c.phase in (Phase.STOPPING, Phase.SETTLING):
+        return c.because("the run is about to end")
     for bundle, node in zip(group.bundles, event.nodes, strict=True):
         if not bundle.placed:
             c.roster.place(bundle, node)
@@ -250,7 +250,8 @@ def pulse_missed(c: Coordinator, event: e.PulseMissed) -> None:
                 f" it is given up at {spec.unresponsive:.0f} s",
                 Level.WARNING,
             )
-    elif event.silent >= spec.unresponsive:
+    elif event.silent >= (spec.lease if worker.state is WorkerState.READY else spec.unresponsive):
+        # A spare that imports may hold the GIL for long; one that only waits has no reason to be silent.
         endings.spare_failed(c, worker, Ending(EndKind.UNRESPONSIVE))
     return None
 

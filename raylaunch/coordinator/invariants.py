@@ -30,8 +30,9 @@ def check(coordinator: Coordinator) -> None:
     assert spec.max_restarts < 0 or coordinator.restarts <= spec.max_restarts, "the budget is overdrawn"
     assert phase is Phase.ROLL_CALL or not coordinator.roll_open, "a roll call is open outside its phase"
     assert phase is not Phase.SETTLING or coordinator.incident is not None, "nothing is there to be settled"
-    if phase in (Phase.SETTLING, Phase.DONE):
+    if phase is Phase.DONE:
         assert not roster.groups, f"groups {sorted(roster.groups)} are held after the end"
+    if phase in (Phase.SETTLING, Phase.DONE):
         assert all(worker.state is WorkerState.DYING for worker in roster.workers.values()), "a worker outlives the run"
 
 

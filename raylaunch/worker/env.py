@@ -85,6 +85,10 @@ def check_env(name: str, mapping: Any) -> None:
             raise ConfigError(f"{shown}: names and values of environment variables must be strings")
         if not key or "=" in key or "\0" in key + value:
             raise ConfigError(f"{shown}: the operating system allows no empty name, no '=' in it, and no zero byte")
+        try:
+            os.fsencode(key + value)
+        except UnicodeEncodeError:
+            raise ConfigError(f"{shown}: can't be encoded for the operating system") from None
         if _matches(key, _DEVICE_VARIABLES):
             raise ConfigError(
                 f"{shown}: the GPUs that a worker sees are those that Ray reserved for it; use use_gpu=True"

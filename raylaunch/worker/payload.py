@@ -27,6 +27,10 @@ class PayloadError(RaylaunchError):
     """The function, its arguments or the `no_retry` types don't load in a worker. No restart can mend it."""
 
 
+class Terminated(SystemExit):
+    """SIGTERM has come while train_fn ran; it leaves as by sys.exit."""
+
+
 def check_call(fn: Any, args: Any = (), kwargs: Any = None) -> None:
     """Refuse what can't be called so. Better here, at once, than in a thousand workers."""
     if not callable(fn):
@@ -91,10 +95,15 @@ def run_function(call: Callable[[], Any], *, no_retry: NoRetry = (), dumps: Dump
     """Make the call; how it ended, its value, and the exception where it can be sent. Raises nothing."""
     try:
         return Ending(EndKind.RETURNED), call(), None
-    except BaseException as error:  # how it ended is a value: also SystemExit and KeyboardInterrupt
-        ending = ending_of(
-            error, collateral=is_collateral(error), fatal=isinstance(error, no_retry), skip_frames=1
-        )  # the one frame is this function's
+    except BaseException as raised:  # how it ended is a value: also SystemExit and KeyboardInterrupt
+        error, own_frames = raised, 1
+        if isinstance(raised, Terminated) and raised.__context__ is not None:
+            # It was on its way out already: what it failed with is the news. That was raised below this frame.
+            error, own_frames = raised.__context__, 0
+        collateral = is_collateral(error)
+        # What only follows another worker's end is nobody's fault here: gloo's RuntimeErrors are not the user's.
+        fatal = isinstance(error, no_retry) and not collateral
+        ending = ending_of(error, collateral=collateral, fatal=fatal, skip_frames=own_frames)
         return ending, None, None if ending.kind is EndKind.RETURNED else _sendable(error, dumps)
 
 

@@ -98,7 +98,14 @@ def refused(train_fn=trains, **arguments) -> str:
         ({"env": []}, "env=[]: must map variables' names to values"),
         ({"copy_env": "WANDB_*"}, "copy_env='WANDB_*': must be a tuple of strings"),
         ({"runtime_env": "."}, "runtime_env='.': must be a dictionary"),
-        ({"preload": "torch"}, "preload='torch': must be a tuple of strings, as ('torch',)"),
+        ({"preload": "torch"}, "preload='torch': must be a tuple of strings (none of them empty), as ('torch',)"),
+        ({"preload": ("",)}, "preload=('',): must be a tuple of strings (none of them empty)"),
+        ({"env": {"A": "\ud800"}}, "can't be encoded"),
+        ({"log_dir": "a\0b"}, "allows no zero byte"),
+        (
+            {"resources_per_worker": {"": 1}},
+            "resources_per_worker['']=1: a resource's name must be a string, and not empty",
+        ),
         # failures
         ({"max_restarts": -2}, "max_restarts=-2: must be a whole number, at least 0, or -1 for no limit"),
         ({"max_restarts": 1.5}, "max_restarts=1.5: must be a whole number"),

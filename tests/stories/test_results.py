@@ -189,3 +189,12 @@ def test_the_journal_of_an_earlier_run_of_the_same_id_is_kept(one_node, start):
     assert after.parent == before.parent
     assert before.read_text() == text
     assert all(step.same for step in journal.replay(str(after)))
+
+
+def gives_a_generator():
+    return (number * 10 for number in (7, 8, 9))
+
+
+def test_a_generator_is_refused_as_a_value_and_not_taken_for_several(one_node, start):
+    error = start(gives_a_generator, num_workers=1).error()
+    assert "return value can't be sent to the driver" in str(error)

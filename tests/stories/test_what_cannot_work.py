@@ -211,3 +211,24 @@ def test_a_value_that_does_not_pickle_is_named_with_its_rank(one_node, start):
     assert "its return value can't be sent to the driver" in str(error)
     assert "cannot pickle '_thread.lock' object" in str(error)
     assert error.root_cause.generation == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"label_selector": {"x": "in("}},
+        {"runtime_env": {"env_vars": {"A": 1}}},
+        {"runtime_env": {"working_dir": 7}},
+    ],
+    ids=str,
+)
+def test_what_ray_itself_refuses_is_refused_before_anything_starts(one_node, start, arguments):
+    error = start(lambda: None, num_workers=1, **arguments).error(10)
+    assert isinstance(error, raylaunch.ConfigError)
+    assert next(iter(arguments)) in str(error)
+
+
+def test_a_runtime_env_that_ray_refuses_later_is_an_error_that_says_so(one_node, start, tmp_path):
+    missing = str(tmp_path / "missing")
+    error = start(lambda: None, num_workers=1, runtime_env={"working_dir": missing}).error(30)
+    assert missing in str(error)
