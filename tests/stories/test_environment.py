@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import eventually
+from harness import eventually
 
 import raylaunch
 

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import leftovers
+from harness import leftovers
 from steps import step_until
 
 import raylaunch
