@@ -36,7 +36,7 @@ logger = logging.getLogger("raylaunch")
 END_SECONDS = 3.0
 AGENT_SECONDS = 5.0
 #: A worker that may know the cause gets this long between SIGTERM and SIGKILL to tell it, in seconds. Nothing waits.
-LAST_WORD_SECONDS = 0.15
+LAST_WORD_SECONDS = 0.25
 #: How long an agent may take to kill workers before Ray is asked to, in seconds.
 AGENT_KILL_SECONDS = 0.5
 #: A node agent that died is started again after this pause, in seconds, and this often.

@@ -42,7 +42,7 @@ from raylaunch.worker.processes import LastWords, end_process, start_time
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
 #: ... and before that, this long to be ended by the node's agent, which sees how it ended.
-PREDECESSOR_PATIENCE = 0.2
+PREDECESSOR_PATIENCE = 0.3
 #: Creating the first DistributedDataParallel imports this (torch 2.13): some 1.1 s of a core, which a recovery saves.
 SPARES_IMPORT = "torch._dynamo"
 #: How much nicer than the ranks a spare is while it imports and training goes on.
@@ -158,8 +158,10 @@ class WorkerActor:
     def join(self, assignment: Assignment) -> Ending | None:
         """Become a rank: environment, device, function, process group. None, or how it failed."""
         config = self._config
-        for process in assignment.predecessors:
-            end_process(process, PREDECESSOR_SECONDS, patience=PREDECESSOR_PATIENCE)
+        ending = threading.Thread(target=_end_predecessors, args=(assignment.predecessors,), daemon=True)
+        ending.start()
+        if config.use_gpu:
+            ending.join()  # its memory must be free before this process allocates; on CPUs nothing waits
         os.environ.update(
             worker_env.rank_env(
                 assignment,
@@ -244,6 +246,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "none"
     return found
+
+
+def _end_predecessors(processes: tuple[Process, ...]) -> None:
+    """See that the seat's earlier processes are gone, stopped ones too."""
+    for process in processes:
+        end_process(process, PREDECESSOR_SECONDS, patience=PREDECESSOR_PATIENCE)
 
 
 def _be_nice() -> None:
