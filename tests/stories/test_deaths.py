@@ -187,6 +187,7 @@ def cleans_up_slowly(marker: Path) -> None:
             time.sleep(3)
 
 
+@pytest.mark.slow  # a moment's grace, not a promise: a busy machine may need longer to tell
 def test_an_exception_that_is_still_on_its_way_out_is_the_cause_and_not_its_peers_broken_connection(
     one_node, start, gate
 ):
