@@ -35,8 +35,6 @@ logger = logging.getLogger("raylaunch")
 #: At the end of a run: how long processes may take to be gone after SIGKILL, and how long an agent may take to say so.
 END_SECONDS = 3.0
 AGENT_SECONDS = 5.0
-#: A worker that may know the cause gets this long between SIGTERM and SIGKILL to tell it, in seconds. Nothing waits.
-LAST_WORD_SECONDS = 0.25
 #: How long an agent may take to kill workers before Ray is asked to, in seconds.
 AGENT_KILL_SECONDS = 0.5
 #: A node agent that died is started again after this pause, in seconds, and this often.
@@ -270,16 +268,15 @@ class Hands:
                 self._hands[worker].killed = True
         by_node = self._by_node(command.workers)
         watched = {worker for workers in by_node.values() for worker in workers}
-        grace = LAST_WORD_SECONDS if command.last_word else 0.0
         for node, workers in by_node.items():
-            self._go(self._kill_watched(node, workers, grace))
+            self._go(self._kill_watched(node, workers))
         self._kill_by_ray([worker for worker in command.workers if worker not in watched])
 
-    async def _kill_watched(self, node: str, workers: list[int], grace: float) -> None:
+    async def _kill_watched(self, node: str, workers: list[int]) -> None:
         """The agent kills first: its SIGKILL reaches a stopped process too, and it sees who was dead before."""
-        answer = self._agents[node].actor.kill.remote(workers, grace)
+        answer = self._agents[node].actor.kill.remote(workers)
         with contextlib.suppress(Exception):  # the node may be gone
-            await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_KILL_SECONDS + grace)
+            await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_KILL_SECONDS)
         self._kill_by_ray(workers)
 
     def _kill_by_ray(self, workers: list[int]) -> None:

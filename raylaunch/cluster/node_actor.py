@@ -94,14 +94,8 @@ class NodeAgent:
             if worker in self._watches:
                 self._watches[worker].kill(signal.SIGTERM)
 
-    async def kill(self, workers: list[int], grace: float = 0.0) -> None:
-        """SIGKILL to workers' processes, stopped ones too. One that was dying already dies of something else.
-
-        `grace`: SIGTERM first, and so many seconds to say something.
-        """
-        if grace:
-            await self.ask_to_stop(workers)
-            await asyncio.sleep(grace)
+    async def kill(self, workers: list[int]) -> None:
+        """SIGKILL to workers' processes, stopped ones too. One that was dying already dies of something else."""
         for worker in workers:
             watch = self._watches.get(worker)
             if watch is not None and not watch.doomed():

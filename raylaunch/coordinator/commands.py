@@ -114,13 +114,9 @@ class StopWorkers(Command):
 
 @dataclass(frozen=True, slots=True)
 class KillWorkers(Command):
-    """End workers at once, without waiting. Answer: `WorkerLost`, when each is known to be gone.
-
-    `last_word`: the cause is not known yet, and one of them may be on its way out with it: a moment's SIGTERM first.
-    """
+    """End workers at once, without waiting. Answer: `WorkerLost`, when each is known to be gone."""
 
     workers: tuple[int, ...]
-    last_word: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,14 +43,14 @@ def live_workers(c: Coordinator) -> list[Worker]:
     return [c.roster.workers[c.members[rank]] for rank in range(c.world_size) if c.members]
 
 
-def end_generation(c: Coordinator, *, last_word: bool = False) -> None:
+def end_generation(c: Coordinator) -> None:
     """Fence the live generation and kill all of it. Nothing that it sends is accepted from here on."""
     members = [c.roster.workers[worker] for worker in c.members.values() if worker in c.roster.workers]
     c.members = {}
     c.plan = None
     c.spares_due = None
     c.pulse_told = set()
-    c.kill(members, last_word=last_word)
+    c.kill(members)
 
 
 def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
@@ -63,7 +63,7 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     for member in live_workers(c):
         incident.members[member.id] = failure_of(member, Ending(EndKind.NODE_LOST))
     incident.add(worker.id, failure, c.now)
-    end_generation(c, last_word=ending.collateral)
+    end_generation(c)
     if ending.fatal:
         conclude(c, _fatal_sentence(ending))
         return

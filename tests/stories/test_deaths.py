@@ -170,33 +170,6 @@ def test_the_same_exception_on_all_ranks_is_one_failure(one_node, start):
     assert error.root_cause.generation == 2  # one was charged for the first generation, not three
 
 
-def cleans_up_slowly(marker: Path) -> None:
-    """What many scripts do: leave the group and finish a logger on the way out, whatever it is that they fail with."""
-    import torch.distributed as dist
-
-    context = raylaunch.get_context()
-    try:
-        all_reduce()
-        if context.rank == 0:
-            raise ValueError("no such column")
-        dist.barrier()
-    finally:
-        if context.rank == 0:
-            marker.touch()
-            dist.destroy_process_group()
-            time.sleep(3)
-
-
-@pytest.mark.slow  # a moment's grace, not a promise: a busy machine may need longer to tell
-def test_an_exception_that_is_still_on_its_way_out_is_the_cause_and_not_its_peers_broken_connection(
-    one_node, start, gate
-):
-    error = start(cleans_up_slowly, args=(gate("left"),), num_workers=2, max_restarts=0).error()
-    assert gate("left").exists()
-    assert isinstance(error, ValueError)
-    assert error.root_cause.rank == 0
-
-
 def test_what_only_follows_a_peers_end_is_never_fatal_whatever_no_retry_names(one_node, start, gate):
     run = start(train_until, args=(gate("open"), "SIGKILL"), num_workers=2, no_retry=(RuntimeError,))
     result = run.result()
