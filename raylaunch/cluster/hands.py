@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylaunch.cluster import placement
 from raylaunch.cluster.faults import ending_from, is_loss
 from raylaunch.cluster.node_actor import Death, NodeAgent
-from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor, WorkerConfig
+from raylaunch.cluster.worker_actor import REPLACED, Hello, Warm, WorkerActor, WorkerConfig
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.errors import Ending, EndKind, short_id
@@ -369,7 +369,8 @@ class Hands:
         hand = self._hands.get(death.worker)
         if hand is None:
             return
-        by_itself = not death.killed and not (hand.killed and death.ending.signal == signal.SIGTERM)
+        ours = death.ending.signal == signal.SIGTERM or death.ending.message == REPLACED
+        by_itself = not death.killed and not (hand.killed and ours)
         if by_itself and (hand.lost or hand.killed):
             self._post(e.EndingLearnt(time.monotonic(), hand.number, death.ending))
         if not hand.lost:

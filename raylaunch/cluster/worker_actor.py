@@ -39,6 +39,8 @@ from raylaunch.worker import process_group
 from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_function
 from raylaunch.worker.processes import LastWords, end_process, start_time
 
+#: Why a worker ends itself that is told by its pulse that it should not be there any more: no cause of anything.
+REPLACED = "it has been replaced"
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
 #: ... and before that, this long to be ended by the node's agent, which sees how it ended.
@@ -292,7 +294,7 @@ def _pulse(worker: int, config: WorkerConfig, last_words: LastWords) -> None:
         try:
             reply = ray.get(config.coordinator.pulse.remote(worker), timeout=min(5.0, config.lease / 2))
             if reply.ended:
-                _end(last_words, "it has been replaced")
+                _end(last_words, REPLACED)
             contact, interval = time.monotonic(), reply.interval
         except Exception:  # restarting, unreachable or gone: the lease tells which
             if over:
