@@ -12,6 +12,8 @@ coordinator reasons about. Only the standard library is imported here, because t
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import enum
 import pickle
 import re
@@ -211,15 +213,13 @@ def run_failed(error: RunFailedError, cause: BaseException | None) -> RunFailedE
     if cause is None:
         return error
     control_flow: tuple[type[BaseException], ...] = (StopIteration, StopAsyncIteration)
-    group = getattr(__import__("builtins"), "ExceptionGroup", None)  # Python 3.11
+    group = getattr(builtins, "ExceptionGroup", None)  # Python 3.11
     if group is not None:
         control_flow += (group,)
     if type(error) is RunFailedError and isinstance(cause, Exception) and not isinstance(cause, control_flow):
-        try:
+        with contextlib.suppress(Exception):  # a type that refuses to be a base: the plain error says everything too
             both = type(type(cause).__name__, (RunFailedError, type(cause)), {"__module__": RunFailedError.__module__})
             error = both(error.message, error.root_cause, error.failures, error.run_id, error.journal)
-        except Exception:  # noqa: S110 - a type that refuses to be a base: the plain error says everything too
-            pass
     error.__cause__ = cause
     return error
 

@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylaunch.cluster import placement
+from raylaunch.cluster.background import Background
 from raylaunch.cluster.faults import ending_from, is_loss
 from raylaunch.cluster.node_actor import Death, NodeAgent
 from raylaunch.cluster.worker_actor import REPLACED, Hello, Warm, WorkerActor, WorkerConfig
@@ -80,7 +81,8 @@ class Hands:
         self._agents: dict[str, Agent] = {}
         self._groups: dict[int, asyncio.Future[PlacementGroup]] = {}
         self._devices: dict[tuple[int, int], asyncio.Future[tuple[str, tuple[str, ...]]]] = {}
-        self._background: set[asyncio.Future[Any]] = set()
+        self._background = Background()
+        self._releases = Background()
         self.values: dict[int, Any] = {}
         self._closing = False
 
@@ -90,7 +92,7 @@ class Hands:
         """Ask for a group; `BundlesPlaced` or `BundlesLost` follows, unless it is released before."""
         loop = asyncio.get_running_loop()
         self._groups[command.group] = loop.run_in_executor(None, placement.create_group, self._spec, command)
-        self._go(self._await_group(command.group))
+        self._background.start(self._await_group(command.group))
 
     async def _await_group(self, number: int) -> None:
         try:
@@ -113,7 +115,7 @@ class Hands:
         """Give groups back."""
         for number in command.groups:
             self._devices = {key: found for key, found in self._devices.items() if key[0] != number}
-            self._go(self._release(self._groups.pop(number)))
+            self._releases.start(self._release(self._groups.pop(number)))
 
     async def _release(self, group: asyncio.Future[PlacementGroup]) -> None:
         with contextlib.suppress(Exception):  # it was never made
@@ -128,7 +130,7 @@ class Hands:
     def start_worker(self, command: do.StartWorker) -> None:
         """Start a worker; `WorkerStarted` and `WorkerReady` follow, or `WorkerFailed` or `WorkerLost`."""
         hand = self._hands[command.worker] = Hand(command.worker)
-        self._go(self._start(hand, command, self._groups[command.group]))
+        self._background.start(self._start(hand, command, self._groups[command.group]))
 
     async def _start(self, hand: Hand, command: do.StartWorker, made: asyncio.Future[PlacementGroup]) -> None:
         try:
@@ -199,7 +201,7 @@ class Hands:
     def call_roll(self, command: do.CallRoll) -> None:
         """Ask spares whether they are there; `WorkerAnswered` follows, or `WorkerLost`, or nothing."""
         for worker in command.workers:
-            self._go(self._answer(self._hands[worker], command.roll))
+            self._background.start(self._answer(self._hands[worker], command.roll))
 
     async def _answer(self, hand: Hand, roll: int) -> None:
         try:
@@ -218,7 +220,7 @@ class Hands:
         # Both calls at once: nothing stands between joining and train_fn.
         joined = hand.actor.join.remote(command.assignment)
         outcome, hand.exception = hand.actor.run.remote()
-        self._go(self._follow(hand, command.assignment.generation, joined, outcome))
+        self._background.start(self._follow(hand, command.assignment.generation, joined, outcome))
 
     def _forget_before(self, generation: int) -> None:
         """Forget the workers that are gone, but for the last generation's: one of them may be the culprit."""
@@ -241,7 +243,7 @@ class Hands:
 
     def collect(self, command: do.CollectResult) -> None:
         """Fetch a value; `ResultCollected` follows, or a failure."""
-        self._go(self._collect(self._hands[command.worker], command.generation))
+        self._background.start(self._collect(self._hands[command.worker], command.generation))
 
     async def _collect(self, hand: Hand, generation: int) -> None:
         try:
@@ -269,7 +271,7 @@ class Hands:
         by_node = self._by_node(command.workers)
         watched = {worker for workers in by_node.values() for worker in workers}
         for node, workers in by_node.items():
-            self._go(self._kill_watched(node, workers))
+            self._background.start(self._kill_watched(node, workers))
         self._kill_by_ray([worker for worker in command.workers if worker not in watched])
 
     async def _kill_watched(self, node: str, workers: list[int]) -> None:
@@ -320,7 +322,7 @@ class Hands:
 
     def _watch(self, hand: Hand) -> None:
         self._ensure_agent(hand.node)
-        self._go(self._be_watched(hand, self._agents[hand.node]))
+        self._background.start(self._be_watched(hand, self._agents[hand.node]))
 
     async def _be_watched(self, hand: Hand, agent: Agent) -> None:
         with contextlib.suppress(Exception):  # the agent is being restarted, and then asked again; or its node is gone
@@ -329,7 +331,7 @@ class Hands:
     def _ensure_agent(self, node: str) -> None:
         if node not in self._agents:
             self._agents[node] = Agent(self._new_agent(node))
-            self._go(self._listen(node))
+            self._background.start(self._listen(node))
 
     def _new_agent(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -362,7 +364,7 @@ class Hands:
                 agent.actor = self._new_agent(node)
                 for hand in self._hands.values():
                     if hand.node == node and not hand.lost:
-                        self._go(self._be_watched(hand, agent))
+                        self._background.start(self._be_watched(hand, agent))
 
     def _died(self, death: Death) -> None:
         """An agent's news. A worker that was dying when the agent came to kill it had ended by itself."""
@@ -386,10 +388,9 @@ class Hands:
         self.kill_workers(do.KillWorkers(tuple(hand.number for hand in self._hands.values() if not hand.lost)))
         await asyncio.gather(*(self._end_node(node, agent) for node, agent in self._agents.items()))
         self.release_bundles(do.ReleaseBundles(tuple(self._groups)))
-        for task in list(self._background):
-            if not task.done() and task.get_coro().__name__ != "_release":  # type: ignore[attr-defined]
-                task.cancel()
-        await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *self._background], timeout=AGENT_SECONDS)
+        self._background.cancel()
+        await self._background.finish(AGENT_SECONDS)
+        await self._releases.finish(AGENT_SECONDS)
         for agent in self._agents.values():
             ray.kill(agent.actor)
 
@@ -404,13 +405,3 @@ class Hands:
         else:
             if stubborn:
                 logger.warning("node %s: processes %s would not go", short_id(node), stubborn)
-
-    def _go(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._background.add(task)
-        task.add_done_callback(self._went)
-
-    def _went(self, task: asyncio.Future[Any]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("a task of the launcher failed; please report it", exc_info=task.exception())

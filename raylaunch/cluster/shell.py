@@ -12,13 +12,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.exceptions
 
 from raylaunch.cluster import placement
+from raylaunch.cluster.background import Background
 from raylaunch.cluster.coordinator_actor import Behind
 from raylaunch.cluster.faults import ending_from
 from raylaunch.cluster.hands import Hands
@@ -74,7 +75,7 @@ class Shell:
         self._loop = asyncio.new_event_loop()
         self._main_task: asyncio.Task[None]
         self._alarm: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._finish: do.Finish | None = None
         self._error: BaseException | None = None
         self._done = threading.Event()
@@ -136,8 +137,8 @@ class Shell:
     async def _main(self) -> None:
         try:
             self.post(e.RunRequested(time.monotonic(), self._spec))
-            self._spawn(self._survey())
-            self._spawn(self._listen_for_silence())
+            self._background.start(self._survey())
+            self._background.start(self._listen_for_silence())
             while self._finish is None:
                 await self._wakeup.wait()
                 self._wakeup.clear()
@@ -147,8 +148,7 @@ class Shell:
             self.values = [self._hands.values.get(worker) for worker in self._finish.workers]
             self.exception = await self._hands.exception_of(self._finish.culprit, EXCEPTION_SECONDS)
         finally:
-            for task in self._tasks:
-                task.cancel()
+            self._background.cancel()
             if ray.is_initialized():  # or Ray 2.60 would start a new session for the first call
                 await self._hands.let_go()
                 ray.kill(self._coordinator)
@@ -167,7 +167,7 @@ class Shell:
         decisions = await self._decide(first, batch)
         for seq, decision in enumerate(decisions, first):
             self._journal.decision(seq, decision)
-            if decision.reason.startswith("InternalError"):
+            if decision.refused:
                 logger.error("%s (event %d of the journal %s)", decision.reason, seq, self._journal.path)
             if any(
                 isinstance(command, do.Finish) and command.outcome is do.Outcome.NO_ROOM
@@ -206,16 +206,6 @@ class Shell:
         )
         return answer
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("a task of the launcher failed; please report it", exc_info=task.exception())
-
     # -- commands that need no hands ---------------------------------------------------------------------------------
 
     def _wake_at(self, command: do.WakeAt) -> None:
@@ -230,7 +220,7 @@ class Shell:
     def _tell(self, command: do.Tell) -> None:
         level = logging.WARNING if command.level is do.Level.WARNING else logging.INFO
         if command.shortage:
-            self._spawn(self._tell_shortage(level, command.text))
+            self._background.start(self._tell_shortage(level, command.text))
         else:
             logger.log(level, "%s", command.text)
 

@@ -143,8 +143,8 @@ def _call_roll(c: Coordinator, spares: list[int]) -> None:
 def conclude(c: Coordinator, verdict: str) -> None:
     """The run has failed: end everything, and wait until the root cause is settled.
 
-    The groups are given back in the end: Ray kills whatever is in a group that is removed, and whoever is on its way
-    out with the cause should get its moment.
+    The groups are given back in the end: Ray kills whatever is in a group that is removed, and those deaths would look
+    like causes.
     """
     c.verdict = verdict
     c.because(verdict)

@@ -44,6 +44,8 @@ class Decision:
     before: Phase
     after: Phase
     generation: int
+    #: The event was impossible, and has changed nothing: a bug of ours.
+    refused: bool = False
 
 
 class Coordinator:
@@ -112,7 +114,7 @@ class Coordinator:
     def refuse(self, error: InternalError) -> Decision:
         """The decision that is recorded for an event that `handle` has refused: nothing, and why."""
         reason = f"InternalError, please report it: {error}"
-        return Decision((), reason, self.phase, self.phase, self.generation)
+        return Decision((), reason, self.phase, self.phase, self.generation, refused=True)
 
     def is_current(self, generation: int) -> bool:
         """Whether a generation is the live one: not fenced, allowed to commit."""
