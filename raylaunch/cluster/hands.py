@@ -1,8 +1,7 @@
 """What the shell holds in Ray: placement groups, worker actors, node agents; and how each command reaches them.
 
 What a method asks of Ray ends in one of the events that its text names. Two sources tell of a death, Ray's failed
-call and the node agent's news: the first to come becomes `WorkerLost`, what the other adds becomes `EndingLearnt`. Of
-a worker that we killed, only the agent's word counts where it watches: Ray's doesn't mean that the process is gone.
+call and the node agent's news; each becomes a `WorkerLost`, and the coordinator decides what it is worth.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from raylaunch.cluster import placement
 from raylaunch.cluster.background import Background
 from raylaunch.cluster.faults import ending_from, is_loss
 from raylaunch.cluster.node_actor import Death, NodeAgent
-from raylaunch.cluster.worker_actor import REPLACED, Hello, Warm, WorkerActor, WorkerConfig
+from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor, WorkerConfig
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.errors import Ending, EndKind, short_id
@@ -54,7 +52,7 @@ class Hand:
     process: do.Process | None = None
     exception: Any = None  # a reference to its pickled exception
     killed: bool = False  # by us
-    lost: bool = False  # and the coordinator knows
+    lost: bool = False  # its process is known to be gone
     watched: bool = False  # by its node's agent
 
 
@@ -233,8 +231,6 @@ class Hands:
                 return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, failed))
             self._post(e.WorkerJoined(time.monotonic(), hand.number, generation))
             ending: Ending = await outcome
-            if hand.killed and ending.signal == signal.SIGTERM:
-                return None  # ours, or Ray's on our behalf
         except Exception as error:
             return self._lost(hand, ending_from(error))
         if ending.kind is EndKind.RETURNED:
@@ -298,17 +294,11 @@ class Hands:
         return None
 
     def _lost(self, hand: Hand, ending: Ending) -> None:
-        """Ray says that a worker is gone. Where an agent watches one that we killed, the agent's word counts."""
+        """Ray says that a worker is gone. Its process may not be; where an agent watches it, the agent will say so."""
         node_may_be_gone = ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST)
-        if hand.killed and hand.watched and hand.node in self._agents and not node_may_be_gone:
-            if ending.kind is EndKind.OUT_OF_MEMORY:  # that was before us, and only Ray knows
-                self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
-            return
-        if hand.lost:
-            self._post(e.EndingLearnt(time.monotonic(), hand.number, ending))
-        else:
-            hand.lost = ending.kind is not EndKind.UNREACHABLE
-            self._post(e.WorkerLost(time.monotonic(), hand.number, ending))
+        certain = node_may_be_gone or not (hand.watched and hand.node in self._agents)
+        hand.lost = hand.lost or (certain and ending.kind is not EndKind.UNREACHABLE)
+        self._post(e.WorkerLost(time.monotonic(), hand.number, ending, certain=certain))
 
     # -- node agents -------------------------------------------------------------------------------------------------
 
@@ -367,18 +357,11 @@ class Hands:
                         self._background.start(self._be_watched(hand, agent))
 
     def _died(self, death: Death) -> None:
-        """An agent's news. A worker that was dying when the agent came to kill it had ended by itself."""
+        """An agent's news."""
         hand = self._hands.get(death.worker)
-        if hand is None:
-            return
-        ours = death.ending.signal == signal.SIGTERM or death.ending.message == REPLACED
-        by_itself = not death.killed and not (hand.killed and ours)
-        if by_itself and (hand.lost or hand.killed):
-            self._post(e.EndingLearnt(time.monotonic(), hand.number, death.ending))
-        if not hand.lost:
+        if hand is not None:
             hand.lost = True
-            ending = death.ending if by_itself else Ending(EndKind.KILLED)
-            self._post(e.WorkerLost(time.monotonic(), hand.number, ending))
+            self._post(e.WorkerLost(time.monotonic(), hand.number, death.ending, killed=death.killed))
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

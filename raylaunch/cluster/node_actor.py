@@ -29,6 +29,8 @@ from raylaunch.worker.processes import (
     started_with,
 )
 
+#: The last words of a worker that has learnt from the coordinator that it is no more wanted.
+REPLACED = "it has been replaced"
 #: How long the kernel is asked how a process ended, in seconds.
 EXPLAIN_SECONDS = 1.0
 #: How long a child of a dead worker may take to be gone after its SIGKILL, in seconds.
@@ -41,7 +43,7 @@ class Death:
 
     worker: int
     ending: Ending
-    #: Whether this agent had been asked to kill it, and found it alive then.
+    #: Whether it was our doing: this agent had been asked to kill it and found it alive then, or it was replaced.
     killed: bool
 
 
@@ -148,5 +150,6 @@ class NodeAgent:
         forget_last_words(self._directory, process)
 
     def _tell(self, worker: int, ending: Ending) -> None:
-        self._deaths.append(Death(worker, ending, worker in self._killed))
+        killed = worker in self._killed or ending.message == REPLACED
+        self._deaths.append(Death(worker, ending, killed))
         self._changed.set()

@@ -28,7 +28,7 @@ import ray
 import ray.cloudpickle
 import ray.exceptions
 
-from raylaunch.cluster.node_actor import last_words_directory
+from raylaunch.cluster.node_actor import REPLACED, last_words_directory
 from raylaunch.cluster.shipping import unpack
 from raylaunch.context import Context, enter_context
 from raylaunch.coordinator.commands import Assignment, Process
@@ -40,7 +40,6 @@ from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_func
 from raylaunch.worker.processes import LastWords, end_process, start_time
 
 #: Why a worker ends itself that is told by its pulse that it should not be there any more: no cause of anything.
-REPLACED = "it has been replaced"
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
 #: ... and before that, this long to be ended by the node's agent, which sees how it ended.

@@ -7,6 +7,8 @@ without a rank that ends is replaced.
 
 from __future__ import annotations
 
+import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raylaunch.coordinator import rendezvous, rootcause
@@ -209,12 +211,18 @@ def member_ended(c: Coordinator, worker: Worker, ending: Ending) -> None:
         fail(c, worker, ending)
 
 
-def learnt(c: Coordinator, worker: Worker, ending: Ending) -> None:
-    """A worker that we have killed meanwhile had ended by itself before: it belongs to the incident."""
+def learnt(c: Coordinator, worker: int, ending: Ending) -> None:
+    """How a worker that was killed meanwhile, or is gone, had ended by itself before: it belongs to the incident."""
     incident = c.incident
-    if incident is None or incident.settled or worker.generation != incident.generation:
+    if incident is None or incident.settled:
         return c.because("late: the cause is settled")
-    incident.add(worker.id, failure_of(worker, ending), c.now)
+    failed = incident.failures.get(worker)
+    known = failed or incident.members.get(worker)
+    if known is None:
+        return c.because("it was no rank of the generation that ended")
+    if failed is None and ending.signal == signal.SIGTERM:  # Ray 2.60's way of killing, on our behalf
+        return c.because("our own kill")
+    incident.add(worker, replace(known, ending=ending), c.now)
     if ending.fatal and c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.FORMING, Phase.RUNNING):
         conclude(c, _fatal_sentence(ending))
     return None

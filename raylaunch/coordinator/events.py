@@ -111,18 +111,17 @@ class WorkerFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost(Event):
-    """A worker's process is gone, or nobody can reach it (`ending.kind` is UNREACHABLE: it may still live)."""
+    """A worker's process is gone, or nobody can reach it (`ending.kind` is UNREACHABLE: it may still live).
+
+    Ray and the node's agent both tell, in any order, and the agent again when the kernel has told it how.
+    """
 
     worker: int
     ending: Ending
-
-
-@dataclass(frozen=True, slots=True)
-class EndingLearnt(Event):
-    """Somebody found out afterwards how a lost worker really ended."""
-
-    worker: int
-    ending: Ending
+    #: Whether our own kill found the process alive. None: Ray says so, which can't tell.
+    killed: bool | None = None
+    #: False: Ray says so, while the node's agent still sees the process.
+    certain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,6 @@ EVENTS: dict[str, type[Event]] = {
         ResultCollected,
         WorkerFailed,
         WorkerLost,
-        EndingLearnt,
         NodeLost,
         NodeDraining,
         OthersWaiting,

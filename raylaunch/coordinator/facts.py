@@ -6,7 +6,6 @@ generation on the spot. A fact about something that has ended since is late, and
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raylaunch.coordinator import endings
@@ -153,40 +152,27 @@ def worker_failed(c: Coordinator, event: e.WorkerFailed) -> None:
     if worker.state in (WorkerState.STARTING, WorkerState.WARMING):
         return endings.spare_failed(c, worker, event.ending)
     if worker.state is WorkerState.DYING and event.generation == worker.generation:
-        return endings.learnt(c, worker, event.ending)
+        return endings.learnt(c, worker.id, event.ending)
     return c.because("late: the worker's generation is over")
 
 
 def worker_lost(c: Coordinator, event: e.WorkerLost) -> None:
     worker = c.roster.workers.get(event.worker)
-    if worker is None:
-        return c.because("late: the worker is known to be gone")
-    if event.ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST):
+    if worker is not None and event.ending.kind in (EndKind.UNREACHABLE, EndKind.NODE_LOST):
         c.roster.suspect(worker.node or worker.seat.bundle.node, suspect=True)
-    if worker.state is WorkerState.DYING:
-        if event.ending.kind is not EndKind.KILLED:  # that would be our own doing
-            endings.learnt(c, worker, event.ending)
-        if event.ending.kind is not EndKind.UNREACHABLE:
-            c.roster.set_state(worker, WorkerState.GONE)
-        return None
-    if worker.state in MEMBER_STATES:
+    if worker is None or worker.state is WorkerState.DYING:
+        if event.killed or (event.killed is None and event.ending.kind is EndKind.KILLED):
+            c.because("our own kill")
+        else:
+            endings.learnt(c, event.worker, event.ending)
+    elif worker.state in MEMBER_STATES:
         endings.member_ended(c, worker, event.ending)
     else:
         endings.spare_failed(c, worker, event.ending)
-    # What can't be reached may live: it has been killed, and stays on the list of its seat's predecessors.
-    if worker.state is not WorkerState.GONE and event.ending.kind is not EndKind.UNREACHABLE:
+    # What may still live has been killed, and stays on the list of its seat's predecessors.
+    gone = event.certain and event.ending.kind is not EndKind.UNREACHABLE
+    if worker is not None and worker.state is not WorkerState.GONE and gone:
         c.roster.set_state(worker, WorkerState.GONE)
-    return None
-
-
-def ending_learnt(c: Coordinator, event: e.EndingLearnt) -> None:
-    incident = c.incident
-    if incident is None or incident.settled:
-        return c.because("late: the cause is settled")
-    known = incident.failures.get(event.worker) or incident.members.get(event.worker)
-    if known is None:
-        return c.because("it was no rank of the generation that ended")
-    return incident.add(event.worker, replace(known, ending=event.ending), c.now)
 
 
 def node_lost(c: Coordinator, event: e.NodeLost) -> None:

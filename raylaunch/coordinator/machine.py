@@ -235,7 +235,6 @@ FACTS: dict[type[e.Event], Callable[[Coordinator, Any], None]] = {
     e.ResultCollected: facts.result_collected,
     e.WorkerFailed: facts.worker_failed,
     e.WorkerLost: facts.worker_lost,
-    e.EndingLearnt: facts.ending_learnt,
     e.NodeLost: facts.node_lost,
     e.NodeDraining: facts.node_draining,
     e.OthersWaiting: facts.others_waiting,

@@ -19,7 +19,7 @@ from raylaunch.spec import RunSpec
 #: A failure of this kind, unless it is collateral, has no other behind it.
 _EXPLAINS_ITSELF = frozenset({EndKind.RAISED, EndKind.EXITED, EndKind.SIGNALED, EndKind.OUT_OF_MEMORY})
 #: After one of these a generation may be smaller than the one before.
-_TROUBLE = (e.WorkerFailed, e.WorkerLost, e.NodeLost, e.BundlesLost, e.PulseMissed, e.EndingLearnt, e.OthersWaiting)
+_TROUBLE = (e.WorkerFailed, e.WorkerLost, e.NodeLost, e.BundlesLost, e.PulseMissed, e.OthersWaiting)
 
 
 @dataclass(slots=True)
@@ -119,10 +119,10 @@ class Witness:
         seen = self.workers.get(getattr(event, "worker", 0))
         if seen is None:
             return False
+        if isinstance(event, (e.WorkerFailed, e.WorkerLost)) and event.ending.fatal:
+            return False  # it may still show what ended the generation
         if isinstance(event, e.WorkerLost):
             return seen.gone
-        if isinstance(event, e.EndingLearnt) or (isinstance(event, e.WorkerFailed) and event.ending.fatal):
-            return False  # both may still show what ended the generation
         return seen.killed or seen.lost or 0 < getattr(event, "generation", self.generation) < self.generation
 
     def _take_in(self, event: e.Event) -> None:
@@ -154,7 +154,7 @@ class Witness:
             seen.collected = True
         elif isinstance(event, e.WorkerLost):
             seen.lost = True
-            seen.gone = seen.gone or event.ending.kind is not EndKind.UNREACHABLE
+            seen.gone = seen.gone or (event.certain and event.ending.kind is not EndKind.UNREACHABLE)
 
     # -- commands ----------------------------------------------------------------------------------------------------
 

@@ -251,13 +251,12 @@ class FakeCluster:
     def _tell_of_death(self, worker: FakeWorker, ending: Ending, ours: bool) -> None:
         """The shell hears of a death: how it came, if it came before our own kill."""
         if ours:
-            self.clock.post(0.0, e.WorkerLost, worker.id, Ending(EndKind.KILLED))
+            self.clock.post(0.0, e.WorkerLost, worker.id, Ending(EndKind.SIGNALED, signal=9), True)
             return
-        if worker.killed:
-            self.clock.post(0.0, e.EndingLearnt, worker.id, ending)
-        self.clock.post(0.001, e.WorkerLost, worker.id, ending)
+        self.clock.post(0.001, e.WorkerLost, worker.id, ending, False)
         if ending.kind is EndKind.KILLED and self.clock.rng.random() < 0.3:  # the kernel tells, a little later
-            self.clock.post(self.clock.any(0.002, 1.0), e.EndingLearnt, worker.id, Ending(EndKind.SIGNALED, signal=9))
+            known = Ending(EndKind.SIGNALED, signal=9)
+            self.clock.post(self.clock.any(0.002, 1.0), e.WorkerLost, worker.id, known, False)
 
     def break_up(self, generation: FakeGeneration, by: FakeWorker | None = None, ending: Ending | None = None) -> None:
         """A member is gone: most peers see their connections close, the others hang until the group's timeout."""

@@ -21,6 +21,7 @@ C = TypeVar("C", bound=c.Command)
 
 SIGKILL = Ending(EndKind.SIGNALED, signal=9)
 KILLED = Ending(EndKind.KILLED)
+OUT_OF_MEMORY = Ending(EndKind.OUT_OF_MEMORY)
 UNREACHABLE = Ending(EndKind.UNREACHABLE)
 NODE_LOST = Ending(EndKind.NODE_LOST)
 CLOSED = Ending(EndKind.RAISED, error_type="RuntimeError", message="Connection closed by peer", collateral=True)

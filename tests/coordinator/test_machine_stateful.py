@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from story_driver import CLOSED, FATAL, KILLED, NODE_LOST, RAISED, SIGKILL, UNREACHABLE
+from story_driver import CLOSED, FATAL, KILLED, NODE_LOST, OUT_OF_MEMORY, RAISED, SIGKILL, UNREACHABLE
 
 from raylaunch.coordinator import commands as c
 from raylaunch.coordinator import events as e
@@ -22,7 +22,6 @@ from raylaunch.coordinator.witness import Witness
 from raylaunch.errors import Ending, EndKind
 from raylaunch.spec import Bounds, RunSpec, Timeouts
 
-OUT_OF_MEMORY = Ending(EndKind.OUT_OF_MEMORY)
 FAILURES = st.sampled_from([RAISED, CLOSED, CLOSED, FATAL, Ending(EndKind.EXITED, exit_code=3)])
 LOSSES = st.sampled_from([SIGKILL, KILLED, KILLED, UNREACHABLE, NODE_LOST, OUT_OF_MEMORY])
 NODES = ("a", "b", "c", "d", "e")
@@ -249,14 +248,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.send(e.WorkerFailed, worker, self.generation(worker), ending)
 
     @precondition(lambda self: self.workers)
-    @rule(data=st.data(), ending=LOSSES)
-    def a_worker_is_lost(self, data: st.DataObject, ending: Ending) -> None:
-        self.send(e.WorkerLost, self.worker(data), ending)
-
-    @precondition(lambda self: self.workers)
-    @rule(data=st.data(), ending=LOSSES)
-    def an_ending_is_learnt(self, data: st.DataObject, ending: Ending) -> None:
-        self.send(e.EndingLearnt, self.worker(data), ending)
+    @rule(data=st.data(), ending=LOSSES, killed=st.sampled_from([None, True, False]), certain=st.booleans())
+    def a_worker_is_lost(self, data: st.DataObject, ending: Ending, killed: bool | None, certain: bool) -> None:
+        self.send(e.WorkerLost, self.worker(data), ending, killed, certain)
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), silent=st.sampled_from([2.0, 11.0]))

@@ -8,7 +8,9 @@ from story_driver import (
     FATAL,
     KILLED,
     NODE_LOST,
+    OUT_OF_MEMORY,
     RAISED,
+    SIGKILL,
     UNREACHABLE,
     Story,
     in_phase,
@@ -309,15 +311,15 @@ def test_a_fatal_exception_that_a_collateral_error_overtook_still_ends_the_run()
     assert story.killed() >= {first, second}
 
 
-def test_wrong_versions_end_the_run_and_name_both():
-    story = Story(2, versions={"torch": "2.13.0"})
+@pytest.mark.parametrize("what", ["python", "torch", "ray", "raylaunch"])
+def test_wrong_versions_end_the_run_and_name_both(what: str):
+    story = Story(2, versions={what: "2.13.0"})
     story.place(1, "a", "b")
-    story.send(e.WorkerStarted, 1, "a", "host-a", 71, 7, {"torch": "2.12.0"}, ())
+    story.send(e.WorkerStarted, 1, "a", "host-a", 71, 7, {what: "2.12.0"}, ())
     story.wait(5)
     finish = story.finish
     assert finish.outcome is Outcome.FAILED
-    assert "2.12.0" in finish.reason
-    assert "2.13.0" in finish.reason
+    assert f"{what} 2.12.0 where the driver has 2.13.0" in finish.reason
 
 
 def test_a_rank_that_returned_early_is_named_when_its_peers_fail():
@@ -332,9 +334,46 @@ def test_a_rank_that_returned_early_is_named_when_its_peers_fail():
 def test_how_a_worker_really_ended_may_be_learnt_afterwards():
     story = Story(2, max_restarts=0).run("a", "b")
     story.lose(story.rank(1), KILLED)
-    story.send(e.EndingLearnt, story.rank(1), Ending(EndKind.OUT_OF_MEMORY), after=0.02)
+    story.lose(story.rank(1), Ending(EndKind.OUT_OF_MEMORY), after=0.02)
     story.wait(5)
     assert "out of memory" in story.finish.reason
+
+
+@pytest.mark.parametrize(
+    ("lost", "cause"),
+    [
+        ((SIGKILL, False), "rank 0 (node a, pid 1001) killed by SIGKILL"),  # the agent found it dying
+        ((KILLED, False), "rank 0 (node a, pid 1001) died"),  # ... on a kernel that can't say how
+        ((OUT_OF_MEMORY, None), "rank 0 (node a, pid 1001) killed: the node ran out of memory"),  # only Ray knows that
+        ((SIGKILL, True), "rank 1"),  # the agent found it alive
+        ((KILLED, None), "rank 1"),  # Ray says so of whatever we kill
+        ((Ending(EndKind.SIGNALED, signal=15), False), "rank 1"),  # Ray's own way of killing
+    ],
+)
+def test_how_a_killed_worker_ended_counts_only_if_it_had_ended_by_itself(lost: tuple[Ending, bool | None], cause: str):
+    story = Story(2, max_restarts=0).run("a", "b")
+    peer = story.rank(0)
+    story.fail(1, CLOSED)
+    story.send(e.WorkerLost, peer, *lost, after=0.01)
+    story.wait(5)
+    assert cause in story.finish.reason
+
+
+def test_a_sigterm_from_outside_that_is_explained_late_is_a_cause():
+    story = Story(2, max_restarts=0).run("a", "b")
+    story.lose(story.rank(1), KILLED)
+    story.send(e.WorkerLost, story.rank(1), Ending(EndKind.SIGNALED, signal=15), False, after=0.02)
+    story.wait(5)
+    assert "killed by SIGTERM" in story.finish.reason
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_a_process_that_only_ray_calls_dead_is_waited_for_by_its_successor(certain: bool):
+    story = Story(2).run("a", "b").warm()
+    old = story.rank(1)
+    story.send(e.WorkerLost, old, KILLED, None, certain)
+    assert story.phase is Phase.FORMING
+    assert (c.Process(1000 + old, 7) in story.assignment(1).predecessors) is not certain
 
 
 # -- nodes -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ FIELDS: dict[type[e.Event], tuple[Any, ...]] = {
     e.ResultCollected: (1, 1),
     e.WorkerFailed: (1, 1, RAISED),
     e.WorkerLost: (1, KILLED),
-    e.EndingLearnt: (1, KILLED),
     e.NodeLost: ("a",),
     e.NodeDraining: ("a", "spot instance reclaimed"),
     e.OthersWaiting: (True,),

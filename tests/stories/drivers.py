@@ -22,6 +22,10 @@ gates, log_dir, run_id = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def wait_for(name):
     while not (gates / name).exists():
         time.sleep(0.01)
+
+def say(name, text=""):
+    (gates / f"{name}.part").write_text(str(text))
+    (gates / f"{name}.part").rename(gates / name)  # whole, or not there
 """
 
 

@@ -10,19 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from harness import eventually
+from steps import any_rank
 
 import raylaunch
 from raylaunch import EndKind, RunFailedError
-
-
-def all_reduce() -> float:
-    import torch
-    import torch.distributed as dist
-
-    ones = torch.ones(1)
-    dist.all_reduce(ones)
-    return ones.item()
 
 
 def train_until(gate: Path, harm: str = "") -> tuple[int, int, int]:
@@ -33,20 +27,9 @@ def train_until(gate: Path, harm: str = "") -> tuple[int, int, int]:
         step += 1
         if step == 3 and context.rank == 1 and context.generation == 1 and harm:
             HARM[harm]()
-        # all ranks leave at the same step
-        open_gate = all_reduce_any(gate.exists() or bool(harm and context.generation > 1))
-        if open_gate:
+        if any_rank(gate.exists() or bool(harm and context.generation > 1)):  # all ranks leave at the same step
             return context.rank, context.world_size, context.generation
         time.sleep(0.01)
-
-
-def all_reduce_any(mine: bool) -> bool:
-    import torch
-    import torch.distributed as dist
-
-    flag = torch.tensor([float(mine)])
-    dist.all_reduce(flag)
-    return bool(flag.item())
 
 
 class NeedsArguments(Exception):
@@ -211,3 +194,38 @@ def test_a_second_kill_right_after_the_recovery_is_one_more_recovery(one_node, s
     result = run.result()
     assert result.restarts == 2
     assert ["rank 0" in result.recoveries[0].cause, "rank 1" in result.recoveries[1].cause] == [True, True]
+
+
+def test_two_ranks_killed_in_the_same_moment_are_one_failure(one_node, start, gate):
+    run = start(train_until, args=(gate("open"),), num_workers=3, max_restarts=1)
+    members = run.running().members
+    for rank in (1, 2):
+        os.kill(members[rank].process.pid, signal.SIGKILL)
+    run.running(generation=2)
+    gate("open").touch()
+    result = run.result()
+    assert result.restarts == 1
+    assert "killed by SIGKILL" in result.recoveries[0].cause
+
+
+def agent_pid(cluster) -> int | None:
+    """The process of the node's agent, if there is one."""
+    raylet = psutil.Process(cluster.nodes[0].all_processes["raylet"][0].process.pid)
+    found = [p.pid for p in raylet.children() if p.is_running() and "NodeAgent" in " ".join(p.cmdline())]
+    return found[0] if found else None
+
+
+def test_a_dead_node_agent_is_replaced_and_costs_the_training_nothing(one_node, start, gate):
+    run = start(train_until, args=(gate("open"),), num_workers=2)
+    run.running()
+    dead = agent_pid(one_node)
+    os.kill(dead, signal.SIGKILL)
+    one_node.kill_worker(run.id, 1)  # while nobody watches: Ray's word is enough
+    run.running(generation=2)
+    eventually(lambda: agent_pid(one_node) not in (None, dead), "another agent is there")
+    one_node.kill_worker(run.id, 0)
+    run.running(generation=3)
+    gate("open").touch()
+    result = run.result()
+    assert result.restarts == 2
+    assert ["rank 1" in result.recoveries[0].cause, "rank 0" in result.recoveries[1].cause] == [True, True]

@@ -143,6 +143,9 @@ def returns_early(rank: int) -> None:
 
 @pytest.mark.parametrize("early", [0, 1])
 def test_when_a_rank_returns_early_its_blocked_peers_fail_promptly_and_the_cause_names_it(one_node, start, early):
-    error = start(returns_early, args=(early,), num_workers=2, max_restarts=0).error(seconds=30)
-    assert f"rank {early} had already returned" in str(error)
+    run = start(returns_early, args=(early,), num_workers=2, max_restarts=0)
+    error = run.error()
+    assert f"rank {early} had already returned and left the group" in str(error)
     assert error.root_cause.rank == 1 - early
+    (returned,), (failed,) = run.events("WorkerReturned"), run.events("WorkerFailed")
+    assert failed["at"] - returned["at"] < 5

@@ -104,29 +104,6 @@ def test_a_result_tells_how_the_run_went_and_its_journal_replays_to_the_same_dec
     assert steps[-1].decision.after.value == "done"
 
 
-# -- ranks that return early -----------------------------------------------------------------------------------------
-
-
-def one_leaves_early():
-    import torch
-    import torch.distributed as dist
-
-    if raylaunch.get_context().rank == 1:
-        return "enough"
-    dist.all_reduce(torch.ones(1))
-    return "never"
-
-
-def test_peers_of_a_rank_that_returns_early_fail_promptly_and_the_cause_names_it(one_node, start):
-    run = start(one_leaves_early, num_workers=2, max_restarts=0)
-    error = run.error()
-    assert "rank 0" in str(error)
-    assert "rank 1 had already returned and left the group" in str(error)
-    (returned,) = run.events("WorkerReturned")
-    (failed,) = run.events("WorkerFailed")
-    assert failed["at"] - returned["at"] < 5
-
-
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 

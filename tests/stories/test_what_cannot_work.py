@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import time
+from importlib import metadata
 
 import pytest
 from drivers import Driver
@@ -89,11 +90,11 @@ def test_a_cluster_without_raylaunch_fails_at_once_too(one_node, tmp_path):
         f"""
 import ray
 ray.init(runtime_env={{"env_vars": {{"PYTHONPATH": {str(tmp_path)!r}}}}}, log_to_driver=False)
-(gates / "connected").touch()
+say("connected")
 try:
     raylaunch.run(time.sleep, args=(0,), log_dir=log_dir)
 except raylaunch.RaylaunchError as error:
-    (gates / "error").write_text(str(error))
+    say("error", error)
 """,
     )
     try:
@@ -107,15 +108,15 @@ except raylaunch.RaylaunchError as error:
         driver.end()
 
 
-def test_a_node_with_another_torch_is_named_with_both_versions_before_anything_forms(one_node, start, tmp_path):
-    import torch
-
-    (tmp_path / "torch-9.9.9.dist-info").mkdir()
-    (tmp_path / "torch-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+@pytest.mark.parametrize("package", ["torch", "ray"])
+def test_a_node_with_another_version_is_named_with_both_before_anything_forms(one_node, start, tmp_path, package):
+    (tmp_path / f"{package}-9.9.9.dist-info").mkdir()
+    text = f"Metadata-Version: 2.1\nName: {package}\nVersion: 9.9.9\n"
+    (tmp_path / f"{package}-9.9.9.dist-info" / "METADATA").write_text(text)
     run = start(returns_one, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}})
     error = fails_at_once(run)
     node = one_node.nodes[0].node_id[:8]
-    assert f"node {node} has torch 9.9.9 where the driver has {torch.__version__}" in str(error)
+    assert f"node {node} has {package} 9.9.9 where the driver has {metadata.version(package)}" in str(error)
     assert error.root_cause.rank is None
     assert not run.events("WorkerReady")  # nobody imported the wrong torch
 
