@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo examples test test-all core lint types diagram clean
+.PHONY: help demo examples test test-slow test-all core lint types diagram clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -26,6 +26,9 @@ examples: $(READY)  ## the small examples
 
 test: $(READY)  ## the tests, without the slow ones: at most 8 minutes on 2 cores
 	$(BIN)/pytest -m "not slow"
+
+test-slow: $(READY)  ## the slow ones
+	$(BIN)/pytest -m slow
 
 test-all: $(READY)  ## all tests
 	$(BIN)/pytest

@@ -39,6 +39,7 @@ class EndKind(str, enum.Enum):
     SIGNALED = "signaled"  # the process was ended by a signal, and we know which
     OUT_OF_MEMORY = "out_of_memory"  # Ray's memory monitor killed it
     KILLED = "killed"  # the process is gone, and nobody could say how
+    LEFT = "left"  # train_fn destroyed the process group and went on
     UNREACHABLE = "unreachable"  # Ray lost contact; the process may still live
     NODE_LOST = "node_lost"  # its whole node went
     UNRESPONSIVE = "unresponsive"  # alive for Ray, but silent for longer than `timeouts.unresponsive`
@@ -91,6 +92,7 @@ _PLAIN = {
     EndKind.RETURNED: "returned",
     EndKind.OUT_OF_MEMORY: "killed: the node ran out of memory",
     EndKind.KILLED: "died (it is not known how)",
+    EndKind.LEFT: "destroyed its process group and went on in train_fn",
     EndKind.UNREACHABLE: "unreachable: Ray lost contact with it",
     EndKind.NODE_LOST: "lost with its node",
     EndKind.UNRESPONSIVE: "unresponsive",

@@ -267,12 +267,12 @@ class Hands:
         by_node = self._by_node(command.workers)
         watched = {worker for workers in by_node.values() for worker in workers}
         for node, workers in by_node.items():
-            self._background.start(self._kill_watched(node, workers))
+            self._background.start(self._kill_watched(node, workers, ask=command.ask))
         self._kill_by_ray([worker for worker in command.workers if worker not in watched])
 
-    async def _kill_watched(self, node: str, workers: list[int]) -> None:
+    async def _kill_watched(self, node: str, workers: list[int], *, ask: bool) -> None:
         """The agent kills first: its SIGKILL reaches a stopped process too, and it sees who was dead before."""
-        answer = self._agents[node].actor.kill.remote(workers)
+        answer = self._agents[node].actor.kill.remote(workers, ask=ask)
         with contextlib.suppress(Exception):  # the node may be gone
             await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_KILL_SECONDS)
         self._kill_by_ray(workers)

@@ -9,6 +9,7 @@ It imports neither torch nor the user's code, and decides nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -21,7 +22,9 @@ import ray
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.processes import (
+    REPLACED,
     Watch,
+    ask_for_last_words,
     end_process,
     ending_from_status,
     forget_last_words,
@@ -29,10 +32,10 @@ from raylaunch.worker.processes import (
     started_with,
 )
 
-#: The last words of a worker that has learnt from the coordinator that it is no more wanted.
-REPLACED = "it has been replaced"
 #: How long the kernel is asked how a process ended, in seconds.
 EXPLAIN_SECONDS = 1.0
+#: How long a worker may take to say why it ends before it is killed, in seconds: it needs the GIL for a moment.
+ANSWER_SECONDS = 0.1
 #: How long a child of a dead worker may take to be gone after its SIGKILL, in seconds.
 CHILD_SECONDS = 3.0
 
@@ -68,6 +71,7 @@ class NodeAgent:
         self._killed: set[int] = set()
         self._deaths: list[Death] = []
         self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def watch(self, worker: int, process: Process) -> bool:
@@ -96,8 +100,14 @@ class NodeAgent:
             if worker in self._watches:
                 self._watches[worker].kill(signal.SIGTERM)
 
-    async def kill(self, workers: list[int]) -> None:
-        """SIGKILL to workers' processes, stopped ones too. One that was dying already dies of something else."""
+    async def kill(self, workers: list[int], *, ask: bool) -> None:
+        """SIGKILL to workers' processes, stopped ones too. One that was dying already dies of something else.
+
+        `ask`: before that each may say why it ends, in a moment.
+        """
+        if ask:
+            asked = [w for w in workers if w in self._watches and not self._watches[w].doomed()]
+            await self._gone([w for w in asked if ask_for_last_words(self._directory, self._processes[w])])
         for worker in workers:
             watch = self._watches.get(worker)
             if watch is not None and not watch.doomed():
@@ -112,9 +122,19 @@ class NodeAgent:
         shutil.rmtree(self._directory, ignore_errors=True)
         return [process.pid for process, gone in zip(left, ended, strict=True) if not gone]
 
+    async def _gone(self, workers: list[int]) -> None:
+        """Wait until these are gone, or have had their moment."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + ANSWER_SECONDS
+        while any(worker in self._watches for worker in workers) and loop.time() < until:
+            self._ended.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), until - loop.time())
+
     def _note(self, worker: int) -> None:
         """A watched process is gone: say so at once, and how as soon as the kernel tells."""
         watch, process = self._watches.pop(worker), self._processes.pop(worker)
+        self._ended.set()
         if watch.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(watch.fileno())
         for work in (self._explain(worker, watch, process), self._end_children(worker)):

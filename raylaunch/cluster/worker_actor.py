@@ -28,7 +28,7 @@ import ray
 import ray.cloudpickle
 import ray.exceptions
 
-from raylaunch.cluster.node_actor import REPLACED, last_words_directory
+from raylaunch.cluster.node_actor import last_words_directory
 from raylaunch.cluster.shipping import unpack
 from raylaunch.context import Context, enter_context
 from raylaunch.coordinator.commands import Assignment, Process
@@ -37,7 +37,7 @@ from raylaunch.version import __version__
 from raylaunch.worker import env as worker_env
 from raylaunch.worker import process_group
 from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_function
-from raylaunch.worker.processes import LastWords, end_process, start_time
+from raylaunch.worker.processes import REPLACED, LastWords, end_process, start_time
 
 #: Why a worker ends itself that is told by its pulse that it should not be there any more: no cause of anything.
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
@@ -118,6 +118,8 @@ class WorkerActor:
         self._no_retry: NoRetry = ()
         self._value: Any = None
         self._terminated = False
+        self._training = False
+        self._last_words.leave_when_asked(self._what_it_fails_with)
         arguments = (worker, config, self._last_words)
         threading.Thread(target=_pulse, args=arguments, name="raylaunch-pulse", daemon=True).start()
 
@@ -198,7 +200,9 @@ class WorkerActor:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         # Ray 2.60 blocks SIGINT in its workers.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        self._training = True
         ending, self._value, pickled = run_function(self._call, no_retry=self._no_retry, dumps=ray.cloudpickle.dumps)
+        self._training = False
         if self._terminated and ending.kind is EndKind.EXITED:
             ending = Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
         return ending, pickled
@@ -211,6 +215,21 @@ class WorkerActor:
         """
         process_group.leave()
         return (self._value,)
+
+    def _what_it_fails_with(self) -> Ending | None:
+        """What only this rank can tell peers that lost it: train_fn has left the group, and hasn't ended yet.
+
+        `try: ... finally: destroy_process_group(); finish_slowly()` is usual: the exception is still on its way out.
+        """
+        if not self._training or self._config.backend is None or process_group.is_joined():
+            return None
+        found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)  # noqa: SLF001 - documented
+        error = found[1] if isinstance(found, tuple) else found  # a triple before Python 3.12
+        if error is None:
+            return Ending(EndKind.LEFT)
+        if process_group.is_collateral(error):
+            return None
+        return ending_of(error, fatal=isinstance(error, self._no_retry))
 
     def _on_sigterm(self, _number: int, _frame: FrameType | None) -> NoReturn:
         self._terminated = True

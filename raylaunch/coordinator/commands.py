@@ -114,9 +114,13 @@ class StopWorkers(Command):
 
 @dataclass(frozen=True, slots=True)
 class KillWorkers(Command):
-    """End workers at once, without waiting. Answer: `WorkerLost`, when each is known to be gone."""
+    """End workers at once, without waiting. Answer: `WorkerLost`, when each is known to be gone.
+
+    `ask`: one of them may know why the others fail; each gets a moment to say so.
+    """
 
     workers: tuple[int, ...]
+    ask: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ without a rank that ends is replaced.
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from raylaunch.coordinator import rendezvous, rootcause
 from raylaunch.coordinator.commands import CallRoll, Finish, Level, Outcome, Recovery
 from raylaunch.coordinator.phase import Phase
 from raylaunch.coordinator.roster import Standing, Worker, WorkerState
-from raylaunch.errors import Ending, EndKind, Failure
+from raylaunch.errors import Ending, EndKind, Failure, signal_name
 
 if TYPE_CHECKING:
     from raylaunch.coordinator.machine import Coordinator
@@ -45,14 +44,17 @@ def live_workers(c: Coordinator) -> list[Worker]:
     return [c.roster.workers[c.members[rank]] for rank in range(c.world_size) if c.members]
 
 
-def end_generation(c: Coordinator) -> None:
-    """Fence the live generation and kill all of it. Nothing that it sends is accepted from here on."""
+def end_generation(c: Coordinator, *, ask: bool = False) -> None:
+    """Fence the live generation and kill all of it. Nothing that it sends is accepted from here on.
+
+    `ask`: nobody knows yet why it ends; whoever has left the group while its train_fn goes on may say what it does.
+    """
     members = [c.roster.workers[worker] for worker in c.members.values() if worker in c.roster.workers]
     c.members = {}
     c.plan = None
     c.spares_due = None
     c.pulse_told = set()
-    c.kill(members)
+    c.kill(members, ask=ask)
 
 
 def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
@@ -65,7 +67,7 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     for member in live_workers(c):
         incident.members[member.id] = failure_of(member, Ending(EndKind.NODE_LOST))
     incident.add(worker.id, failure, c.now)
-    end_generation(c)
+    end_generation(c, ask=ending.collateral)
     if ending.fatal:
         conclude(c, _fatal_sentence(ending))
         return
@@ -220,7 +222,7 @@ def learnt(c: Coordinator, worker: int, ending: Ending) -> None:
     known = failed or incident.members.get(worker)
     if known is None:
         return c.because("it was no rank of the generation that ended")
-    if failed is None and ending.signal == signal.SIGTERM:  # Ray 2.60's way of killing, on our behalf
+    if failed is None and signal_name(ending.signal) == "SIGTERM":  # Ray 2.60's way of killing, on our behalf
         return c.because("our own kill")
     incident.add(worker, replace(known, ending=ending), c.now)
     if ending.fatal and c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.FORMING, Phase.RUNNING):

@@ -156,10 +156,9 @@ class PulseMissed(Event):
 
 @dataclass(frozen=True, slots=True)
 class StopRequested(Event):
-    """Somebody wants the run to end; `now`: without giving the workers time."""
+    """Somebody wants the run to end; for the second time: at once."""
 
     reason: str
-    now: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ def stop_requested(c: Coordinator, event: e.StopRequested) -> None:
         c.incident.settle_at = c.now
         return None
     c.verdict = event.reason
-    if event.now or c.phase not in (Phase.FORMING, Phase.RUNNING):
+    if c.phase not in (Phase.FORMING, Phase.RUNNING):
         return endings.finish(c, Outcome.STOPPED, f"run {c.spec.run_id} was stopped: {event.reason}")
     c.enter(Phase.STOPPING)
     c.stop_until = c.now + c.spec.timeouts.stop

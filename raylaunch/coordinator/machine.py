@@ -183,14 +183,14 @@ class Coordinator:
         worker = self.roster.add_worker(seat, at=self.now, gently=gently)
         self.command(StartWorker(worker.id, seat.bundle.group.id, seat.bundle.index, gently))
 
-    def kill(self, workers: list[Worker]) -> None:
-        """End workers at once; whatever they still say is late."""
+    def kill(self, workers: list[Worker], *, ask: bool = False) -> None:
+        """End workers at once; whatever they still say is late, except (`ask`) why the others fail."""
         alive = [worker for worker in workers if worker.state not in (WorkerState.DYING, WorkerState.GONE)]
         for worker in alive:
             self.roster.set_state(worker, WorkerState.DYING)
             self.roll_open.discard(worker.id)
         if alive:
-            self.command(KillWorkers(tuple(worker.id for worker in alive)))
+            self.command(KillWorkers(tuple(worker.id for worker in alive), ask))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ _STRENGTH = {
     EndKind.UNRESPONSIVE: 2,
     EndKind.UNREACHABLE: 3,
     EndKind.KILLED: 4,
+    EndKind.LEFT: 4,
     EndKind.TIMED_OUT: 5,
     EndKind.RETURNED: 6,
 }

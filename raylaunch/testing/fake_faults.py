@@ -324,12 +324,13 @@ class FakeFaults:
 
     def stop(self, _: Fault) -> bool:
         """Somebody asks the run to end."""
-        self.clock.post(0.001, e.StopRequested, "enough", False)
+        self.clock.post(0.001, e.StopRequested, "enough")
         return True
 
     def stop_now(self, _: Fault) -> bool:
-        """Somebody asks the run to end at once."""
-        self.clock.post(0.001, e.StopRequested, "enough", True)
+        """Somebody asks the run to end, and loses patience."""
+        self.clock.post(0.001, e.StopRequested, "enough")
+        self.clock.post(self.clock.any(0.001, 1.0), e.StopRequested, "now!")
         return True
 
     def slow(self, fault: Fault) -> bool:

@@ -111,18 +111,23 @@ def join(
     _take_device(device)
 
 
+def is_joined() -> bool:
+    """Whether this process is in a process group."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
 def leave(seconds: float = 10.0) -> None:
     """Leave the process group, if there is one, so that peers that wait for this rank fail at once.
 
     Bounded, since NCCL's destroy waits for its peers. Never raises.
     """
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
+    if not is_joined():
         return
 
     def destroy() -> None:
         with contextlib.suppress(Exception):  # the group is broken already: that is left too
-            dist.destroy_process_group()
+            sys.modules["torch.distributed"].destroy_process_group()
 
     thread = threading.Thread(target=destroy, name="raylaunch-leave", daemon=True)
     thread.start()

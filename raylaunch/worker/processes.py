@@ -10,11 +10,15 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import json
 import os
 import re
 import select
 import signal as _signal
 import struct
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -41,6 +45,8 @@ _FATAL = {
 }
 #: How much is read of a file of last words, and of a process's environment, in bytes.
 _LAST_WORDS_LIMIT = 100_000
+#: Why a process left that is no more wanted.
+REPLACED = "it has been replaced"
 _ENVIRON_LIMIT = 4_000_000
 
 
@@ -189,17 +195,18 @@ def started_with(token: str) -> list[Process]:
 class LastWords:
     """Has this process write down how it ends, where only it can know: os._exit's code, a crash's Python stack.
 
-    One file per process in a node-local directory. Forked children inherit os and faulthandler, and multiprocessing's
-    (DataLoader workers) end with os._exit: what they do is not this process's ending and is not written.
+    Another process may also ask it for them (`ask_for_last_words`), and so ends it. One file per process in a
+    node-local directory. Forked children inherit os and faulthandler, and multiprocessing's (DataLoader workers) end
+    with os._exit: what they do is not this process's ending and is not written.
     """
 
     def __init__(self, directory: str) -> None:
         self._pid = os.getpid()
         self._leave = os._exit
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = _last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
+        self._path = _last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
         # Kept open: neither a full descriptor table nor a signal handler should have to open it at the end.
-        self._file = path.open("wb", buffering=0)
+        self._file = self._path.open("wb", buffering=0)
         # One thread only, as Ray does: the others' frames are read without the GIL.
         faulthandler.enable(self._file, all_threads=False)
         os.register_at_fork(after_in_child=self._in_child)
@@ -211,6 +218,23 @@ class LastWords:
             with contextlib.suppress(OSError):  # a full disk must not keep it from ending
                 self._file.write(f"raylaunch: exit {status}: {reason}\n".encode())
         self._leave(status)
+
+    def leave_when_asked(self, what: Callable[[], Ending | None]) -> None:
+        """From now on end at once when asked to, and say `what`, if it has something to say."""
+        path = _asking_path(self._path)
+        os.mkfifo(path, 0o600)
+        asked = os.open(path, os.O_RDWR)  # for writing too: it never reads as ended
+
+        def wait() -> None:
+            os.read(asked, 1)
+            with contextlib.suppress(Exception):  # whatever it is, it must leave
+                ending = what()
+                if ending is not None:
+                    self._file.write(f"raylaunch: ending {json.dumps(asdict(ending))}\n".encode())
+                    self._leave(1)
+            self.exit(1, REPLACED)
+
+        threading.Thread(target=wait, name="raylaunch-last-words", daemon=True).start()
 
     def _in_child(self) -> None:
         with contextlib.suppress(ValueError):  # no stderr
@@ -227,13 +251,37 @@ def read_last_words(directory: str, process: Process) -> Ending | None:
     crash = re.search(r"Fatal Python error: (.*)", text)
     if crash and crash[1] in _FATAL:
         return Ending(EndKind.SIGNALED, signal=int(_FATAL[crash[1]]), traceback=text[crash.start() :])
+    answer = re.search(r"raylaunch: ending (\{.*\})", text)
+    if answer:
+        parts = json.loads(answer[1])
+        return Ending(**{**parts, "kind": EndKind(parts["kind"])})
     note = re.search(r"raylaunch: exit (-?\d+): (.*)", text)
     return Ending(EndKind.EXITED, exit_code=int(note[1]) & 0xFF, message=note[2]) if note else None
 
 
+def ask_for_last_words(directory: str, process: Process) -> bool:
+    """Have a process end at once, and say why if it knows; whether it could be asked. It may be stopped, or busy."""
+    try:
+        asking = os.open(_asking_path(_last_words_path(directory, process)), os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return os.write(asking, b"?") == 1
+    except OSError:
+        return False
+    finally:
+        os.close(asking)
+
+
 def forget_last_words(directory: str, process: Process) -> None:
     """Remove what a process has written."""
-    _last_words_path(directory, process).unlink(missing_ok=True)
+    path = _last_words_path(directory, process)
+    for one in (path, _asking_path(path)):
+        one.unlink(missing_ok=True)
+
+
+def _asking_path(last_words: Path) -> Path:
+    return last_words.with_suffix(".ask")
 
 
 def _last_words_path(directory: str, process: Process) -> Path:

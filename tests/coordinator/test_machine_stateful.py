@@ -172,10 +172,10 @@ class AnyOrder(RuleBasedStateMachine):
     def others_wait(self, waiting: bool) -> None:
         self.send(e.OthersWaiting, waiting)
 
-    @rule(now=st.booleans(), really=st.integers(0, 9))
-    def a_stop_is_requested(self, now: bool, really: int) -> None:
+    @rule(really=st.integers(0, 9))
+    def a_stop_is_requested(self, really: int) -> None:
         if really == 0:
-            self.send(e.StopRequested, "enough", now)
+            self.send(e.StopRequested, "enough")
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,8 @@ class AnyOrder(RuleBasedStateMachine):
         """Whatever has happened: a stop ends it, and leaves nothing."""
         if getattr(self, "broken", True):
             return
-        self.send(e.StopRequested, "the end", True)
+        self.send(e.StopRequested, "the end")
+        self.send(e.StopRequested, "at once")
         self.send(e.Tick)
         check(self.coordinator)
         assert self.coordinator.phase is Phase.DONE

@@ -359,6 +359,31 @@ def test_how_a_killed_worker_ended_counts_only_if_it_had_ended_by_itself(lost: t
     assert cause in story.finish.reason
 
 
+@pytest.mark.parametrize(("first", "ask"), [(CLOSED, True), (RAISED, False)])
+def test_the_others_are_asked_only_while_nobody_knows_why(first: Ending, ask: bool):
+    story = Story(2).run("a", "b")
+    story.fail(1, first)
+    (kill,) = story.new(c.KillWorkers)
+    assert kill.ask is ask
+
+
+@pytest.mark.parametrize("fatal", [True, False])
+def test_a_rank_that_says_what_it_fails_with_when_it_is_ended_is_the_cause(fatal: bool):
+    story = Story(2, max_restarts=3).run("a", "b").warm()
+    peer = story.rank(0)
+    spares = (story.spare_of(0), story.spare_of(1))
+    story.fail(1, CLOSED)
+    story.lose(peer, FATAL if fatal else RAISED, after=0.02)
+    if fatal:
+        story.wait(5)
+        assert story.finish.culprit == peer
+    else:
+        story.answer(*spares)
+        story.join()
+        (recovery,) = story.succeed().recoveries
+        assert RAISED.message in recovery.cause
+
+
 def test_a_sigterm_from_outside_that_is_explained_late_is_a_cause():
     story = Story(2, max_restarts=0).run("a", "b")
     story.lose(story.rank(1), KILLED)
@@ -805,10 +830,9 @@ LIVE = [p for p in Phase if p not in (Phase.NEW, Phase.DONE)]
 
 
 @pytest.mark.parametrize("phase", LIVE)
-@pytest.mark.parametrize("now", [False, True])
-def test_a_stop_ends_the_run_in_every_phase(phase: Phase, now: bool):
+def test_a_stop_ends_the_run_in_every_phase(phase: Phase):
     story = in_phase(phase)
-    story.send(e.StopRequested, "Ctrl-C", now)
+    story.send(e.StopRequested, "Ctrl-C")
     story.wait(story.spec.timeouts.stop + 1)
     expected = Outcome.FAILED if phase is Phase.SETTLING else Outcome.STOPPED
     assert story.finish.outcome is expected

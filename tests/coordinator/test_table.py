@@ -31,7 +31,7 @@ FIELDS: dict[type[e.Event], tuple[Any, ...]] = {
     e.NodeDraining: ("a", "spot instance reclaimed"),
     e.OthersWaiting: (True,),
     e.PulseMissed: (1, 5.0),
-    e.StopRequested: ("enough", False),
+    e.StopRequested: ("enough",),
     e.Tick: (),
 }
 

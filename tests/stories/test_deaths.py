@@ -147,12 +147,14 @@ def raises_everywhere():
     raise LookupError("the data is not there")
 
 
+@pytest.mark.slow
 def test_the_same_exception_on_all_ranks_is_one_failure(one_node, start):
     error = start(raises_everywhere, num_workers=3, max_restarts=1).error()
     assert isinstance(error, LookupError)
     assert error.root_cause.generation == 2  # one was charged for the first generation, not three
 
 
+@pytest.mark.slow
 def test_what_only_follows_a_peers_end_is_never_fatal_whatever_no_retry_names(one_node, start, gate):
     run = start(train_until, args=(gate("open"), "SIGKILL"), num_workers=2, no_retry=(RuntimeError,))
     result = run.result()
@@ -183,6 +185,7 @@ def test_with_a_warm_spare_a_killed_rank_is_replaced_by_it(one_node, start, gate
     assert all(started[m.process.pid] < kill["at"] for m in after.members.values())
 
 
+@pytest.mark.slow
 def test_a_second_kill_right_after_the_recovery_is_one_more_recovery(one_node, start, gate):
     run = start(train_until, args=(gate("open"),), num_workers=2)
     run.running()
@@ -196,6 +199,7 @@ def test_a_second_kill_right_after_the_recovery_is_one_more_recovery(one_node, s
     assert ["rank 0" in result.recoveries[0].cause, "rank 1" in result.recoveries[1].cause] == [True, True]
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_in_the_same_moment_are_one_failure(one_node, start, gate):
     run = start(train_until, args=(gate("open"),), num_workers=3, max_restarts=1)
     members = run.running().members
@@ -215,6 +219,7 @@ def agent_pid(cluster) -> int | None:
     return found[0] if found else None
 
 
+@pytest.mark.slow
 def test_a_dead_node_agent_is_replaced_and_costs_the_training_nothing(one_node, start, gate):
     run = start(train_until, args=(gate("open"),), num_workers=2)
     run.running()
@@ -229,3 +234,31 @@ def test_a_dead_node_agent_is_replaced_and_costs_the_training_nothing(one_node, 
     result = run.result()
     assert result.restarts == 2
     assert ["rank 1" in result.recoveries[0].cause, "rank 0" in result.recoveries[1].cause] == [True, True]
+
+
+def leaves_slowly(raises: bool) -> int:
+    """Rank 1 destroys the group as scripts do at their end, and then takes its time (logs to upload, say)."""
+    import torch.distributed as dist
+
+    context = raylaunch.get_context()
+    if context.generation == 1 and context.rank == 1:
+        try:
+            if raises:
+                raise ValueError("no such column")
+        finally:
+            dist.destroy_process_group()
+            time.sleep(600)
+    while context.generation == 1:
+        any_rank(mine=False)
+    return context.generation
+
+
+@pytest.mark.parametrize(
+    ("raises", "told"),
+    [(True, "raised ValueError: no such column"), (False, "destroyed its process group and went on in train_fn")],
+)
+def test_a_rank_that_has_left_the_group_and_still_cleans_up_is_the_cause(one_node, start, raises, told):
+    run = start(leaves_slowly, args=(raises,), num_workers=2)
+    (recovery,) = run.result().recoveries
+    assert "rank 1" in recovery.cause
+    assert told in recovery.cause

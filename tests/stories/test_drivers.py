@@ -219,6 +219,7 @@ def test_a_second_interrupt_kills_at_once(one_node, drive):
     nothing_is_left(driver.log_dir)
 
 
+@pytest.mark.slow
 def test_workers_that_die_while_the_run_is_being_stopped_end_it_sooner(one_node, drive):
     driver = drive(DEAF)
     pids = [int(driver.wait_for(f"deaf-{rank}")) for rank in (0, 1)]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from harness import eventually, runs
 from steps import any_rank, step_until
 from test_coordinator_dies import coordinator_pid
@@ -95,6 +96,7 @@ def test_a_stopped_rank_is_given_up_when_it_is_silent_for_too_long_and_killed(tw
     assert generations == sorted(generations)
 
 
+@pytest.mark.slow
 def test_a_short_stop_costs_nothing_but_a_word_of_warning(two_nodes, start, gate, caplog):
     run = start(step_until, args=(gate("enough"),), num_workers=2, timeouts=Timeouts(lease=1, unresponsive=60))
     run.running()
@@ -108,6 +110,7 @@ def test_a_short_stop_costs_nothing_but_a_word_of_warning(two_nodes, start, gate
     assert "has sent no pulse" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_worker_without_its_coordinator_for_a_lease_ends_itself_and_the_run_recovers(two_nodes, start, gate):
     run = start(step_until, args=(gate("enough"),), num_workers=2, timeouts=Timeouts(lease=2))
     workers = [member.process.pid for member in run.running().members.values()]
@@ -122,6 +125,7 @@ def test_a_worker_without_its_coordinator_for_a_lease_ends_itself_and_the_run_re
     assert "lease" in run.result().recoveries[0].cause
 
 
+@pytest.mark.slow
 def test_two_nodes_that_die_together_are_one_re_formation(two_nodes, start, gate):
     while len(two_nodes.nodes) < 3:
         two_nodes.add_node()

@@ -66,6 +66,7 @@ def test_a_worker_that_dies_while_its_peer_waits_in_init_process_group_is_one_mo
     assert "rank 1" in result.recoveries[0].cause
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_just_after_joining_is_one_more_recovery(one_node, start):
     result = start(returns_generation, args=(None,), kwargs={"die_at_once": True}, num_workers=2).result()
     assert list(result) == [2, 2]
@@ -98,6 +99,7 @@ def test_a_worker_that_dies_while_it_starts_is_replaced(one_node, start, gate, t
     assert result.restarts == 1
 
 
+@pytest.mark.slow
 def test_workers_that_die_at_every_start_use_up_the_budget(one_node, start, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "dies_always.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
@@ -126,6 +128,7 @@ def ignores_sigterm_and_hangs(started: Path) -> None:
             signal.pause()
 
 
+@pytest.mark.slow
 def test_a_worker_that_ignores_sigterm_is_gone_at_the_next_generation(one_node, start, gate):
     run = start(ignores_sigterm_and_hangs, args=(gate("started"),), num_workers=2)
     eventually(gate("started").exists, "the ranks hang")

@@ -156,6 +156,7 @@ def test_a_full_disk_under_the_journal_is_told_once_and_training_goes_on(one_nod
     assert not leftovers(tiny_disk)
 
 
+@pytest.mark.slow
 def test_the_journal_of_an_earlier_run_of_the_same_id_is_kept(one_node, start):
     first = start(os.getpid)
     before = Path(first.result().journal)

@@ -82,6 +82,7 @@ def test_a_node_without_raylaunch_is_told_what_to_install(one_node, start, tmp_p
     assert one_node.nodes[0].node_id[:8] in str(error)
 
 
+@pytest.mark.slow
 def test_a_cluster_without_raylaunch_fails_at_once_too(one_node, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HIDES_RAYLAUNCH)
     driver = Driver(
@@ -158,6 +159,7 @@ def test_a_worker_that_fits_no_node_is_told_as_infeasible(one_node, start):
     assert "INFEASIBLE" in str(error)
 
 
+@pytest.mark.slow
 def test_who_waits_for_room_is_told_so_and_starts_when_there_is_some(one_node, start, caplog):
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group

@@ -14,9 +14,12 @@ import pytest
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.processes import (
+    REPLACED,
     Watch,
+    ask_for_last_words,
     end_process,
     ending_from_status,
+    forget_last_words,
     read_last_words,
     start_time,
     started_with,
@@ -260,6 +263,34 @@ def test_a_full_disk_keeps_nobody_from_ending(tmp_path, python):
     )
     _, errors = process.communicate()
     assert process.returncode == 7, errors
+
+
+@pytest.mark.parametrize(
+    ("says", "ending"),
+    [
+        ("Ending(EndKind.RAISED, message='a\\n{b}')", Ending(EndKind.RAISED, message="a\n{b}")),
+        ("None", Ending(EndKind.EXITED, exit_code=1, message=REPLACED)),
+        ("1 / 0", Ending(EndKind.EXITED, exit_code=1, message=REPLACED)),  # whatever happens there, it leaves
+    ],
+)
+def test_who_is_asked_for_last_words_says_them_and_leaves_at_once(tmp_path, python, says, ending):
+    process = python(
+        "import sys, threading\n"
+        "from raylaunch.errors import Ending, EndKind\n"
+        "from raylaunch.worker.processes import LastWords\n"
+        f"LastWords(sys.argv[1]).leave_when_asked(lambda: {says})\n"
+        "print('up', flush=True)\n"
+        "threading.Event().wait()",
+        str(tmp_path),
+    )
+    assert process.stdout.readline() == "up\n"
+    who = identity(process)
+    assert ask_for_last_words(str(tmp_path), who)
+    assert process.wait(10) == 1
+    assert read_last_words(str(tmp_path), who) == ending
+    assert not ask_for_last_words(str(tmp_path), who)
+    forget_last_words(str(tmp_path), who)
+    assert not list(tmp_path.iterdir())
 
 
 def test_words_that_are_no_words(tmp_path):
