@@ -168,7 +168,10 @@ class Outcome(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finish(Command):
-    """The run is over; by now every worker has been killed and every group released by earlier commands."""
+    """The run is over; by now its ranks have been killed by earlier commands.
+
+    So has everything else, and every group been released, unless a launcher holds them for its next run.
+    """
 
     outcome: Outcome
     reason: str

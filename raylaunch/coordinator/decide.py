@@ -23,6 +23,14 @@ def nothing(c: Coordinator) -> None:
     pass
 
 
+def held(c: Coordinator) -> None:
+    endings.watch_incident(c)
+    start_due_workers(c)
+    replace_silent(c)
+    if c.roster.groups or c.gathering.ask_at is not None:  # otherwise there was no room: the next run asks for it
+        reshape.ask_for_growth(c)
+
+
 def gathering(c: Coordinator) -> None:
     endings.watch_incident(c)
     start_due_workers(c)
@@ -47,6 +55,7 @@ def roll_call(c: Coordinator) -> None:
     silent = len(c.roll_open)
     c.because(f"{silent} spares did not answer the roll call" if silent else "the roll call is over")
     c.roll_open = set()
+    c.roll_owed = False
     return rendezvous.begin(c)
 
 
@@ -69,6 +78,7 @@ def forming(c: Coordinator) -> None:
 
 def formed(c: Coordinator) -> None:
     c.formed_at = c.now
+    c.roll_owed = False
     c.spares_due = c.now + reshape.SPARES_AFTER_SECONDS if c.spec.spares else None
     size = f"{c.world_size}/{c.spec.bounds.max_workers} on {c.num_nodes} node{'s'[: c.num_nodes != 1]}"
     if c.recovering is not None:

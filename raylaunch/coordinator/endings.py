@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from raylaunch.coordinator import rendezvous, rootcause
 from raylaunch.coordinator.commands import CallRoll, Finish, Level, Outcome, Recovery
 from raylaunch.coordinator.phase import Phase
-from raylaunch.coordinator.roster import Standing, Worker, WorkerState
+from raylaunch.coordinator.roster import MAX_FAILED_STARTS, MEMBER_STATES, Standing, Worker, WorkerState
 from raylaunch.errors import Ending, EndKind, Failure, signal_name
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ RETRY_SECONDS = (0.25, 5.0)
 OTHER_VERSIONS = "OtherVersions"
 #: Once a generation has formed, the function is known to work: then these say something about the node.
 NODE_UNFIT = (OTHER_VERSIONS, "ModuleNotFoundError")
-#: While training goes on, a seat whose spare fails to start this often is left without one until the next generation.
-MAX_FAILED_STARTS = 5
 
 PHASE_WORDS = {
     WorkerState.STARTING: "starting",
@@ -67,6 +65,7 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     for member in live_workers(c):
         incident.members[member.id] = failure_of(member, Ending(EndKind.NODE_LOST))
     incident.add(worker.id, failure, c.now)
+    c.roll_owed = rootcause.may_be_lost_node(ending)
     end_generation(c, ask=ending.collateral)
     if ending.fatal:
         conclude(c, _fatal_sentence(ending))
@@ -78,11 +77,7 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     incident.told = incident.describe()
     text = incident.told if incident.generation == c.generation else failure.describe()
     c.tell(f"generation {c.generation} ended: {text}; re-forming", Level.WARNING)
-    spares = [spare.id for spare in c.roster.workers.values() if spare.state is WorkerState.READY]
-    if rootcause.may_be_lost_node(ending) and spares:
-        _call_roll(c, spares)
-    else:
-        rendezvous.begin(c)
+    prepare_next(c)
 
 
 def failure_of(worker: Worker, ending: Ending) -> Failure:
@@ -134,6 +129,15 @@ def _budget_sentence(c: Coordinator) -> str:
     return f"all {allowed} restarts are used up" if allowed > 1 else "the one restart is used up"
 
 
+def prepare_next(c: Coordinator) -> None:
+    """Gather the next generation; first find out which spares are still there, if a node may have gone."""
+    spares = [spare.id for spare in c.roster.workers.values() if spare.state is WorkerState.READY]
+    if c.roll_owed and spares:
+        _call_roll(c, spares)
+    else:
+        rendezvous.begin(c)
+
+
 def _call_roll(c: Coordinator, spares: list[int]) -> None:
     c.roll += 1
     c.roll_open = set(spares)
@@ -145,7 +149,7 @@ def _call_roll(c: Coordinator, spares: list[int]) -> None:
 
 
 def conclude(c: Coordinator, verdict: str) -> None:
-    """The run has failed: end everything, and wait until the root cause is settled.
+    """The run has failed: end everything that is not held for another, and wait until the root cause is settled.
 
     The groups are given back in the end: Ray kills whatever is in a group that is removed, and those deaths would look
     like causes.
@@ -153,12 +157,22 @@ def conclude(c: Coordinator, verdict: str) -> None:
     c.verdict = verdict
     c.because(verdict)
     end_generation(c)
-    c.kill([worker for worker in c.roster.workers.values() if worker.state is not WorkerState.DYING])
+    if not c.held:
+        dismiss_spares(c)
     c.enter(Phase.SETTLING)
 
 
+def dismiss_spares(c: Coordinator) -> None:
+    """End every worker without a rank: no further generation will need one."""
+    c.kill([worker for worker in c.roster.workers.values() if worker.state not in MEMBER_STATES])
+
+
 def finish(c: Coordinator, outcome: Outcome, reason: str, incident: rootcause.Incident | None = None) -> None:
-    """The run is over; `incident` is what brought it down, if anything did."""
+    """The run is over; `incident` is what brought it down, if anything did.
+
+    A launcher goes on holding its groups, and makes its seats ready for the next run; but it doesn't hold what was too
+    small for this one.
+    """
     culprit = 0
     cause: Failure | None = None
     failures: tuple[Failure, ...] = ()
@@ -167,7 +181,9 @@ def finish(c: Coordinator, outcome: Outcome, reason: str, incident: rootcause.In
         failures = tuple(incident.failures.values())
     workers = tuple(c.members[rank] for rank in sorted(c.members))
     end_generation(c)
-    c.release_groups(list(c.roster.groups.values()))
+    c.roll_open = set()
+    if not c.held or outcome is Outcome.NO_ROOM:
+        c.release_groups(list(c.roster.groups.values()))
     c.tell(reason, Level.INFO if outcome is Outcome.SUCCEEDED else Level.WARNING)
     c.command(
         Finish(
@@ -183,6 +199,17 @@ def finish(c: Coordinator, outcome: Outcome, reason: str, incident: rootcause.In
             tuple(Recovery(f.generation, f.incident.describe(), f.seconds, f.world_size) for f in c.recoveries),
         )
     )
+    if not c.held:
+        c.enter(Phase.DONE)
+        return
+    c.enter(Phase.HELD)
+    rendezvous.man_seats(c, given_up=False)
+
+
+def release(c: Coordinator, reason: str) -> None:
+    """The launcher is left while no run is going on: nothing is held any more."""
+    c.release_groups(list(c.roster.groups.values()))
+    c.because(reason)
     c.enter(Phase.DONE)
 
 
@@ -258,7 +285,10 @@ def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:
     c.roll_open.discard(worker.id)
     c.kill([worker])
     gathering = c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL)
-    if ending.fatal and gathering and not c.generation:
+    if ending.fatal and not c.generation:
+        if not gathering:  # a launcher waits for its first run, which will meet it too, and fail with it
+            seat.failed_starts = MAX_FAILED_STARTS
+            return c.tell(failure.describe(), Level.WARNING)
         incident = incident_for(c, worker, ending)
         incident.add(worker.id, failure, c.now)
         return conclude(c, _fatal_sentence(ending))
@@ -279,7 +309,7 @@ def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:
     seat.failed_starts += 1
     if seat.bundle.group.id not in c.roster.groups:
         return None
-    if gathering or seat.failed_starts < MAX_FAILED_STARTS or not seat.bundle.placed:
+    if gathering or not seat.given_up or not seat.bundle.placed:
         first, longest = RETRY_SECONDS
         pause = min(longest, first * 2 ** (seat.failed_starts - 1))
         c.roster.retry(seat, c.now + pause)

@@ -21,8 +21,18 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldRequested(Event):
+    """The user entered a launcher: its workers are to be held for runs to come. Always the first event."""
+
+    spec: RunSpec
+
+
+@dataclass(frozen=True, slots=True)
 class RunRequested(Event):
-    """The user called `run`. Always the first event, and only once."""
+    """The user called `run`: the first event, and the only one of its kind; or any time a launcher is held.
+
+    A launcher's runs have its spec, but for `run_id` and `max_restarts`.
+    """
 
     spec: RunSpec
 
@@ -162,6 +172,13 @@ class StopRequested(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseRequested(Event):
+    """The user left the launcher: nothing is to be held any more. A run that is going on is stopped."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick(Event):
     """Time has passed: the answer to a `WakeAt`."""
 
@@ -169,6 +186,7 @@ class Tick(Event):
 EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
+        HoldRequested,
         RunRequested,
         BundlesPlaced,
         BundlesLost,
@@ -185,6 +203,7 @@ EVENTS: dict[str, type[Event]] = {
         OthersWaiting,
         PulseMissed,
         StopRequested,
+        ReleaseRequested,
         Tick,
     )
 }

@@ -21,20 +21,39 @@ if TYPE_CHECKING:
     from raylaunch.coordinator.machine import Coordinator
 
 
+def hold_requested(c: Coordinator, event: e.HoldRequested) -> None:
+    c.held = True
+    c.because(f"{_span(event.spec)} workers are to be held")
+    _reserve(c, event.spec)
+    c.enter(Phase.HELD)
+
+
 def run_requested(c: Coordinator, event: e.RunRequested) -> None:
-    c.spec = event.spec
-    c.roster = Roster(event.spec.bounds.unit)
-    c.gathering = Gathering(c.now)
-    c.request_group(event.spec.bounds.min_units, minimum=True)
     c.because(f"a run of {_span(event.spec)} workers was requested")
-    c.enter(Phase.RENDEZVOUS)
+    if c.phase is Phase.NEW:
+        _reserve(c, event.spec)
+        return c.enter(Phase.RENDEZVOUS)
+    if c.incident is not None:
+        endings.settle(c, c.incident)
+    c.spec = event.spec
+    c.forget_run()
+    if not c.roster.groups and c.gathering.ask_at is None:  # there was no room for the last one
+        c.gathering.ask_at = c.now
+    return endings.prepare_next(c)
+
+
+def _reserve(c: Coordinator, spec: RunSpec) -> None:
+    c.spec = spec
+    c.roster = Roster(spec.bounds.unit)
+    c.gathering = Gathering(c.now)
+    c.request_group(spec.bounds.min_units, minimum=True)
 
 
 def bundles_placed(c: Coordinator, event: e.BundlesPlaced) -> None:
     group = c.roster.groups.get(event.group)
     if group is None:
         return c.because("late: the group was released")
-    if c.phase in (Phase.STOPPING, Phase.SETTLING):
+    if c.phase in (Phase.STOPPING, Phase.SETTLING) and not c.held:
         return c.because("the run is about to end")
     for bundle, node in zip(group.bundles, event.nodes, strict=True):
         if not bundle.placed:
@@ -58,7 +77,7 @@ def bundles_lost(c: Coordinator, event: e.BundlesLost) -> None:
     if event.group in c.roster.groups:
         c.release_groups([group])
         c.because(f"group {group.id} is gone: {event.reason}")
-        if group.minimum and c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.FORMING, Phase.RUNNING):
+        if group.minimum:
             c.gathering.refusal = event.reason
             c.gathering.ask_at = c.now + 1.0
     return None
@@ -243,6 +262,8 @@ def pulse_missed(c: Coordinator, event: e.PulseMissed) -> None:
 
 
 def stop_requested(c: Coordinator, event: e.StopRequested) -> None:
+    if c.phase is Phase.HELD:
+        return c.because("late: no run is going on")
     if c.phase is Phase.SETTLING:
         assert c.incident is not None
         c.incident.settle_at = c.now
@@ -253,10 +274,19 @@ def stop_requested(c: Coordinator, event: e.StopRequested) -> None:
     c.enter(Phase.STOPPING)
     c.stop_until = c.now + c.spec.timeouts.stop
     running = tuple(w.id for w in endings.live_workers(c) if w.state is WorkerState.RUNNING)
-    spares = [w for w in c.roster.workers.values() if w.state not in MEMBER_STATES]
-    c.kill(spares)
+    if not c.held:
+        endings.dismiss_spares(c)
     c.tell(f"stopping: {event.reason}; the workers have {c.spec.timeouts.stop:g} s", Level.WARNING)
     return c.command(StopWorkers(running)) if running else None
+
+
+def release_requested(c: Coordinator, event: e.ReleaseRequested) -> None:
+    if c.phase is Phase.HELD:
+        return endings.release(c, event.reason)
+    c.held = False
+    if c.phase not in (Phase.STOPPING, Phase.SETTLING):
+        return stop_requested(c, e.StopRequested(c.now, event.reason))
+    return endings.dismiss_spares(c)  # the run is about to end, and everything with it
 
 
 def tick(c: Coordinator, event: e.Tick) -> None:

@@ -32,7 +32,10 @@ def check(coordinator: Coordinator) -> None:
     assert phase is not Phase.SETTLING or coordinator.incident is not None, "nothing is there to be settled"
     if phase is Phase.DONE:
         assert not roster.groups, f"groups {sorted(roster.groups)} are held after the end"
-    if phase in (Phase.SETTLING, Phase.DONE):
+    if phase is Phase.HELD:
+        assert coordinator.held, "nobody wants it held"
+        _check_held(roster)
+    if phase is Phase.DONE or (phase is Phase.SETTLING and not coordinator.held):
         assert all(worker.state is WorkerState.DYING for worker in roster.workers.values()), "a worker outlives the run"
 
 
@@ -91,6 +94,15 @@ def _check_workers(coordinator: Coordinator) -> None:
             assert coordinator.members.get(worker.rank if worker.rank is not None else -1) == number, (
                 f"worker {number} holds rank {worker.rank} of no live generation"
             )
+
+
+def _check_held(roster: Roster) -> None:
+    """Between runs every seat has a spare, or will have one."""
+    for bundle in roster.bundles():
+        fit = bundle.placed and not (roster.nodes[bundle.node].lost or roster.nodes[bundle.node].unfit)
+        for seat in bundle.seats:
+            manned = seat.spare is not None or seat.retry_at is not None or seat.given_up
+            assert manned or not fit, f"a seat of bundle {bundle.index} of group {bundle.group.id} waits for nobody"
 
 
 def _check_members(coordinator: Coordinator) -> None:

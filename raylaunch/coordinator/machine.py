@@ -1,5 +1,7 @@
 """The coordinator: a pure state machine. Events in, commands out, time inside the event.
 
+It decides one run; or, held by a launcher, several, one after the other on the same groups.
+
 Every rule about what may follow what stands in `TABLE` at the end of this file. `Coordinator.handle` is the only door:
 
 1. An event that the table doesn't allow in this phase raises `InternalError`, and nothing has changed.
@@ -14,7 +16,7 @@ failure schedules run in a minute, and a user's bug be replayed from the journal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raylaunch.coordinator import decide, facts, rendezvous, reshape, rootcause
@@ -49,43 +51,51 @@ class Decision:
 
 
 class Coordinator:
-    """Decides everything about one run. See the module's text for how, `TABLE` for what may follow what."""
+    """Decides everything about a run, or a launcher's. See the module's text for how, `TABLE` for what may follow."""
 
     def __init__(self) -> None:
         self.phase = Phase.NEW
         self.now = float("-inf")
         self.spec: RunSpec
         self.roster: Roster
-        #: The number of the newest generation; 0 before the first.
+        #: Whether a launcher wants its groups kept when a run ends.
+        self.held = False
+        #: The number of the newest generation; 0 before the first. It goes on rising from run to run.
         self.generation = 0
         #: rank -> worker id of the live generation; empty when there is none.
         self.members: dict[int, int] = {}
-        self.world_size = 0
-        self.joined = 0
-        self.collected = 0
-        self.num_nodes = 0
         self.first_node = ""  # rank 0's
         self.formed_at = 0.0
         self.promoted_at = 0.0
-        self.restarts = 0
         self.others_waiting = False
-        self.incident: rootcause.Incident | None = None
-        #: The incident that the generation being formed recovers from.
-        self.recovering: rootcause.Incident | None = None
-        self.recoveries: list[rootcause.Recovered] = []
         self.gathering = rendezvous.Gathering(0.0)
         self.plan: reshape.Plan | None = None
         self.spares_due: float | None = None
         self.roll = 0
         self.roll_open: set[int] = set()
         self.roll_until = 0.0
-        self.stop_until = 0.0
-        self.verdict = ""  # why the run ends
+        #: A generation has ended because a node may have gone, and nobody has found out since.
+        self.roll_owed = False
         self.pulse_told: set[int] = set()
         self._out: list[Command] = []
         self._reasons: list[str] = []
         self._wake: float | None = None
         self._wake_asked: float | None = None
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """Everything that belongs to one run is as before the first."""
+        self.world_size = 0
+        self.joined = 0
+        self.collected = 0
+        self.num_nodes = 0
+        self.restarts = 0
+        self.incident: rootcause.Incident | None = None
+        #: The incident that the generation being formed recovers from.
+        self.recovering: rootcause.Incident | None = None
+        self.recoveries: list[rootcause.Recovered] = []
+        self.stop_until = 0.0
+        self.verdict = ""  # why the run ends
 
     # -- the door ----------------------------------------------------------------------------------------------------
 
@@ -125,6 +135,10 @@ class Coordinator:
             raise InternalError(f"{type(event).__name__} can't happen in phase {self.phase.value!r}")
         if event.at < self.now:
             raise InternalError(f"time runs backwards: {event.at} after {self.now}")
+        if isinstance(event, e.RunRequested) and self.phase is Phase.HELD:
+            own = replace(event.spec, run_id=self.spec.run_id, max_restarts=self.spec.max_restarts)
+            if own != self.spec:
+                raise InternalError("a launcher's run asks for something else than it holds")
         worker, group = getattr(event, "worker", None), getattr(event, "group", None)
         if worker is not None and not 1 <= worker <= self.roster.last_worker:
             raise InternalError(f"{type(event).__name__}: no worker {worker} was ever started")
@@ -202,13 +216,17 @@ class Row:
     leads_to: frozenset[Phase]
 
 
+_BEGINNINGS = frozenset({e.HoldRequested, e.RunRequested})
 #: Every event but the first is legal in every phase of a run: facts don't ask whether it suits. What they can't do is
 #: come before the run, start it twice, or speak of something that was never asked for.
-_ANY_FACT = frozenset(e.EVENTS.values()) - {e.RunRequested}
-_ENDS = frozenset({Phase.SETTLING, Phase.DONE})
+_ANY_FACT = frozenset(e.EVENTS.values()) - _BEGINNINGS
+_ENDS = frozenset({Phase.SETTLING, Phase.HELD, Phase.DONE})
 
 TABLE: dict[Phase, Row] = {
-    Phase.NEW: Row(frozenset({e.RunRequested}), decide.nothing, frozenset({Phase.RENDEZVOUS})),
+    Phase.NEW: Row(_BEGINNINGS, decide.nothing, frozenset({Phase.HELD, Phase.RENDEZVOUS})),
+    Phase.HELD: Row(
+        _ANY_FACT | {e.RunRequested}, decide.held, frozenset({Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.DONE})
+    ),
     Phase.RENDEZVOUS: Row(_ANY_FACT, decide.gathering, _ENDS | {Phase.FORMING}),
     Phase.ROLL_CALL: Row(_ANY_FACT, decide.roll_call, _ENDS | {Phase.RENDEZVOUS}),
     Phase.FORMING: Row(
@@ -217,13 +235,14 @@ TABLE: dict[Phase, Row] = {
         _ENDS | {Phase.RUNNING, Phase.ROLL_CALL, Phase.RENDEZVOUS, Phase.STOPPING},
     ),
     Phase.RUNNING: Row(_ANY_FACT, decide.running, _ENDS | {Phase.ROLL_CALL, Phase.RENDEZVOUS, Phase.STOPPING}),
-    Phase.SETTLING: Row(_ANY_FACT, decide.settling, frozenset({Phase.DONE})),
-    Phase.STOPPING: Row(_ANY_FACT, decide.stopping, frozenset({Phase.DONE})),
+    Phase.SETTLING: Row(_ANY_FACT, decide.settling, frozenset({Phase.HELD, Phase.DONE})),
+    Phase.STOPPING: Row(_ANY_FACT, decide.stopping, frozenset({Phase.HELD, Phase.DONE})),
     Phase.DONE: Row(_ANY_FACT, decide.nothing, frozenset()),
 }
 
 #: How each event's fact is folded in. After the end of a run every fact is late.
 FACTS: dict[type[e.Event], Callable[[Coordinator, Any], None]] = {
+    e.HoldRequested: facts.hold_requested,
     e.RunRequested: facts.run_requested,
     e.BundlesPlaced: facts.bundles_placed,
     e.BundlesLost: facts.bundles_lost,
@@ -240,6 +259,7 @@ FACTS: dict[type[e.Event], Callable[[Coordinator, Any], None]] = {
     e.OthersWaiting: facts.others_waiting,
     e.PulseMissed: facts.pulse_missed,
     e.StopRequested: facts.stop_requested,
+    e.ReleaseRequested: facts.release_requested,
     e.Tick: facts.tick,
 }
 

@@ -1,4 +1,4 @@
-"""What a run as a whole is doing. What may follow what stands in the table of `machine.py`."""
+"""What a run, or the launcher that holds its workers, is doing. What may follow what: the table of `machine.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ class Phase(str, enum.Enum):
     """What the run as a whole is doing."""
 
     NEW = "new"
+    HELD = "held"  # a launcher between its runs: it keeps its groups, and a warm spare in every seat
     RENDEZVOUS = "rendezvous"  # gathering ready seats until the bounds hold
     ROLL_CALL = "roll call"  # finding out which spares are still there
     FORMING = "forming"  # promoted workers load the function and join the process group

@@ -62,19 +62,25 @@ class GiveUp:
 
 
 def begin(c: Coordinator) -> None:
-    """Start a rendezvous, with a spare starting in every seat that has none.
+    """Start a rendezvous, with a spare starting in every seat that has none."""
+    c.gathering = Gathering(c.now, ask_at=c.gathering.ask_at)
+    man_seats(c, given_up=True)
+    c.enter(Phase.RENDEZVOUS)
+
+
+def man_seats(c: Coordinator, *, given_up: bool) -> None:
+    """Start a spare in every seat that has none; also where none has started for some time, if `given_up`.
 
     Lost bundles included, where a start is due: the worker waits there until Ray has placed the bundle again.
     """
-    c.gathering = Gathering(c.now, ask_at=c.gathering.ask_at)
     for bundle in c.roster.bundles():
         if bundle.node and c.roster.nodes[bundle.node].lost:
             continue
         for seat in bundle.seats:
-            if seat.spare is None and (bundle.placed or seat.retry_at is not None):
+            if given_up and seat.spare is None:
                 seat.failed_starts = 0
+            if seat.spare is None and not seat.given_up and (bundle.placed or seat.retry_at is not None):
                 c.start_worker(seat, gently=False)
-    c.enter(Phase.RENDEZVOUS)
 
 
 def decide(c: Coordinator) -> GiveUp | None:

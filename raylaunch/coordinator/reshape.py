@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from raylaunch.coordinator import endings, rendezvous
 from raylaunch.coordinator.commands import Level
+from raylaunch.coordinator.phase import Phase
 from raylaunch.coordinator.roster import Bundle, Node, Standing, WorkerState
 from raylaunch.errors import short_id
 
@@ -54,7 +55,7 @@ def ask_for_growth(c: Coordinator) -> None:
         c.request_group(bounds.min_units, minimum=True, avoid=_shunned(c))
     if gathering.ask_at is not None:
         c.wake(gathering.ask_at)
-    wanted = c.phase is c.phase.RENDEZVOUS or c.spec.grow
+    wanted = c.phase in (Phase.RENDEZVOUS, Phase.HELD) or c.spec.grow
     missing = bounds.max_units - roster.asked
     pending = roster.asked - roster.reserved - roster.minimum_pending
     if roster.minimum_pending or gathering.ask_at is not None or c.others_waiting or not wanted:

@@ -34,6 +34,8 @@ class WorkerState(str, enum.Enum):
     GONE = "gone"
 
 
+#: While nobody waits for it, a seat whose spare fails to start this often stays without one until the next rendezvous.
+MAX_FAILED_STARTS = 5
 #: A worker in one of these holds a rank of the live generation.
 MEMBER_STATES = frozenset({WorkerState.JOINING, WorkerState.RUNNING, WorkerState.RETURNED, WorkerState.COLLECTED})
 
@@ -82,6 +84,11 @@ class Seat:
     failed_starts: int = 0
     #: A start is due at this time (a failed one is repeated after a pause); None: no start is due.
     retry_at: float | None = None
+
+    @property
+    def given_up(self) -> bool:
+        """Whether its spares have failed to start so often that no other is started."""
+        return self.failed_starts >= MAX_FAILED_STARTS
 
 
 @dataclass(slots=True, eq=False)

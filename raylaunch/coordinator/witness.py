@@ -1,7 +1,8 @@
 """What must hold at the machine's door: `Witness` sees every event and decision, and knows nothing of the inside.
 
 It holds the machine to its promises: one live generation, contiguous ranks, nothing leaked, nothing promoted twice, no
-budget overdrawn, no command after the end. It is no part of a run; the simulation and the tests use it.
+budget overdrawn, no command after the end; and of a launcher's runs, that each ends once, and none pays for another. It
+is no part of a run; the simulation and the tests use it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,13 @@ class Witness:
     #: The newest generation was ended while running, by a failure that explains itself: it must be charged.
     owed: bool = False
     stop_requested: bool = False
+    #: A launcher wants its groups kept between runs.
+    held: bool = False
+    #: A run is going on; `finish` is how the last one ended.
+    running: bool = False
     finish: c.Finish | None = None
+    #: The end: nothing may follow.
+    over: bool = False
 
     def observe(self, event: e.Event, decision: Decision) -> None:
         """Assert what must hold for this event and its decision, after all those before."""
@@ -71,12 +78,13 @@ class Witness:
         self._watch_budget(event, decision)
         assert decision.generation >= self.generation, "a generation's number fell"
         assert decision.generation <= self.generation + 1, "a generation's number was left out"
-        if self.finish is not None:
+        if self.over:
             assert not decision.commands, f"a command after the end: {decision.commands}"
             return
         assert decision.before is decision.after or decision.reason, f"no reason for {decision.after.value}"
         for command in decision.commands:
-            assert self.finish is None, f"a command after the end: {command}"
+            ended = not (self.running or self.held or isinstance(event, e.ReleaseRequested))
+            assert not ended, f"a command after the end: {command}"
             assert not late or isinstance(command, (c.Tell, c.WakeAt)), f"{event} is late, and led to {command}"
             getattr(self, f"_see_{type(command).__name__}")(command, event)
         promoted = [command for command in decision.commands if isinstance(command, c.Promote)]
@@ -84,7 +92,22 @@ class Witness:
             "a generation without promotions, or the reverse"
         )
         if promoted:
+            assert self.running, "a generation is formed, and nobody has asked for a run"
             self._see_generation([(command.worker, command.assignment) for command in promoted], decision.generation)
+        self._see_phase(decision.after)
+
+    def _see_phase(self, phase: Phase) -> None:
+        """What the end of a run, and the end of all, leave."""
+        assert not self.running or phase not in (Phase.HELD, Phase.DONE), f"a run is going on in phase {phase.value}"
+        if phase is Phase.HELD:
+            assert self.held, "what nobody wants to be held is held"
+            left = [n for n, w in self.workers.items() if w.promoted is not None and not (w.killed or w.gone)]
+            assert not left, f"workers {left} outlive their run"
+        if phase is Phase.DONE:
+            self.over = True
+            assert not self.groups, f"groups {sorted(self.groups)} were never given back"
+            left = [n for n, w in self.workers.items() if not (w.killed or w.gone)]
+            assert not left, f"workers {left} outlive the run"
 
     def _watch_growth(self, event: e.Event, decision: Decision) -> None:
         """Note when a generation is ended without need: the next one should be larger."""
@@ -126,8 +149,10 @@ class Witness:
         return seen.killed or seen.lost or 0 < getattr(event, "generation", self.generation) < self.generation
 
     def _take_in(self, event: e.Event) -> None:
-        if isinstance(event, e.RunRequested):
-            self.spec = event.spec
+        if isinstance(event, e.HoldRequested):
+            self.spec, self.held = event.spec, True
+        elif isinstance(event, e.RunRequested):
+            self._begin_run(event.spec)
         elif isinstance(event, e.BundlesLost):
             pass  # the machine gives it back by itself
         elif isinstance(event, e.NodeLost):
@@ -136,10 +161,17 @@ class Witness:
             self.draining = True
         elif isinstance(event, e.StopRequested):
             self.stop_requested = True
+        elif isinstance(event, e.ReleaseRequested):
+            self.stop_requested, self.held = True, False
         elif isinstance(event, e.Tick):
             self.wake = self.wake if self.wake is not None and self.wake > event.at else None
         elif isinstance(event, (e.WorkerStarted, e.WorkerReady, e.WorkerReturned, e.ResultCollected, e.WorkerLost)):
             self._take_in_worker(event, self.workers[event.worker])
+
+    def _begin_run(self, spec: RunSpec) -> None:
+        """A run owes nothing to those before it."""
+        self.spec, self.running, self.finish = spec, True, None
+        self.restarts, self.outgrown, self.owed, self.stop_requested = 0, 0, False, False
 
     def _take_in_worker(self, event: e.Event, seen: _Seen) -> None:
         if isinstance(event, e.WorkerStarted):
@@ -225,10 +257,10 @@ class Witness:
 
     def _see_Finish(self, command: c.Finish, _: e.Event) -> None:  # noqa: N802
         assert self.spec is not None
-        self.finish = command
-        assert not self.groups, f"groups {sorted(self.groups)} were never given back"
-        left = [n for n, w in self.workers.items() if not (w.killed or w.gone)]
-        assert not left, f"workers {left} outlive the run"
+        assert self.running, "a run ends twice, or before it began"
+        self.running, self.finish = False, command
+        if command.outcome is c.Outcome.NO_ROOM:
+            assert not self.groups, f"groups {sorted(self.groups)} were too small, and are held"
         assert command.reason, "the run ends without a reason"
         assert command.generation == self.generation, f"generation {command.generation} is not the last"
         assert self.restarts <= command.restarts, "the number of restarts fell"

@@ -28,6 +28,11 @@ from raylaunch.testing.fake_parts import (
 from raylaunch.testing.fake_placement import FakePlacement
 from raylaunch.testing.schedules import Schedule
 
+#: How long training takes, in seconds: one of these ranges is drawn for each generation. A launcher's runs are shorter,
+#: so that several meet the faults.
+TRAINING_SECONDS = ((0.05, 0.5), (10.0, 40.0), (20.0, 70.0), (20.0, 70.0))
+HELD_TRAINING_SECONDS = ((0.05, 0.5), (0.5, 5.0), (5.0, 20.0))
+
 
 class FakeCluster:
     """Worker processes and what they say; `placement` holds the nodes and groups, `clock` all that is under way."""
@@ -39,7 +44,7 @@ class FakeCluster:
         self.workers: dict[int, FakeWorker] = {}
         self.generations: dict[int, FakeGeneration] = {}
         self.wake: float | None = None
-        self.finished: c.Finish | None = None
+        self.durations = HELD_TRAINING_SECONDS if schedule.runs else TRAINING_SECONDS
         # Set by faults: how many more starts or joins misbehave, and until when every generation crashes.
         self.start_fails = self.start_hangs = self.cannot_work = self.join_hangs = 0
         self.crash_until = 0.0
@@ -54,7 +59,7 @@ class FakeCluster:
             c.KillWorkers: self._kill,
             c.WakeAt: self._wake_at,
             c.Tell: lambda _: None,
-            c.Finish: self._finish,
+            c.Finish: lambda _: None,
         }
         for slots in schedule.nodes:
             self.placement.add_node(slots)
@@ -86,9 +91,6 @@ class FakeCluster:
 
     def _wake_at(self, command: c.WakeAt) -> None:
         self.wake = max(command.at, self.clock.now) + self.clock.rng.random() * 0.002
-
-    def _finish(self, command: c.Finish) -> None:
-        self.finished = command
 
     def _request(self, command: c.RequestBundles) -> None:
         self.placement.request(command)
@@ -197,7 +199,7 @@ class FakeCluster:
     def _formed(self, generation: FakeGeneration) -> None:
         if generation.broken or any(w.frozen for w in generation.members):
             return
-        seconds = self.clock.any(*self.clock.rng.choice(((0.05, 0.5), (10.0, 40.0), (20.0, 70.0), (20.0, 70.0))))
+        seconds = self.clock.any(*self.clock.rng.choice(self.durations))
         for worker in generation.members:
             worker.state = "running"
             self.say(worker, e.WorkerJoined, worker.id, generation.number)

@@ -27,6 +27,8 @@ class FakeFaults:
         self.fired: list[Fault] = []
         #: Whether the coordinator is to be replaced by one that has read its journal.
         self.coordinator_died = False
+        #: Whether the launcher has been left.
+        self.left = False
         for fault in faults:
             self.clock.after(fault.at, self._due, fault)
 
@@ -332,6 +334,16 @@ class FakeFaults:
         self.clock.post(0.001, e.StopRequested, "enough")
         self.clock.post(self.clock.any(0.001, 1.0), e.StopRequested, "now!")
         return True
+
+    def release(self, _: Fault) -> bool:
+        """The launcher is left; without one, it is only another way to stop."""
+        self.leave()
+        return True
+
+    def leave(self) -> None:
+        """The launcher is left, and nobody will ask it for another run."""
+        self.left = True
+        self.clock.post(0.001, e.ReleaseRequested, "the launcher was left")
 
     def slow(self, fault: Fault) -> bool:
         """For a while every message is late by up to a second, so that they overtake one another."""

@@ -7,7 +7,7 @@ and what remains can be replayed: `simulate(seed, faults=[...])`.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raylaunch.spec import Bounds, RunSpec, Timeouts
 
@@ -56,6 +56,7 @@ KINDS: dict[str, Kind] = {
     "others": Kind(1.5, 1, 20, harm=0),
     "stop": Kind(0.3, harm=0),
     "stop_now": Kind(0.2, harm=0),
+    "release": Kind(0.2, harm=0),
     "raise_error": Kind(3),
     "raise_everywhere": Kind(1),
     "fatal": Kind(0.25),
@@ -75,8 +76,19 @@ KINDS: dict[str, Kind] = {
 #: The phases that a fault may wait for, with how often each is chosen.
 PHASES = {"RENDEZVOUS": 2, "ROLL_CALL": 3, "FORMING": 4, "RUNNING": 2, "SETTLING": 1, "STOPPING": 1}
 
+#: Of every ten schedules, so many have a launcher with several runs; and of its faults, so many wait until it is held.
+LAUNCHERS, BETWEEN_RUNS = 3, 2
+
 _NAMES = list(KINDS)
 _WEIGHTS = [kind.weight for kind in KINDS.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRun:
+    """One of a launcher's runs: requested so long after the end of the one before, in virtual seconds."""
+
+    pause: float
+    max_restarts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,8 @@ class Schedule:
     #: Slots of the nodes that are there at the start.
     nodes: tuple[int, ...]
     faults: tuple[Fault, ...] = field(default=())
+    #: A launcher's runs; empty: a single run, without a launcher.
+    runs: tuple[HeldRun, ...] = ()
 
 
 def draw(seed: int) -> Schedule:
@@ -96,7 +110,10 @@ def draw(seed: int) -> Schedule:
     nodes = _nodes(rng, spec)
     count = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 14, 20))
     faults = sorted((_fault(rng) for _ in range(count)), key=lambda fault: fault.at)
-    return Schedule(spec, nodes, tuple(faults))
+    if rng.randrange(10) >= LAUNCHERS:
+        return Schedule(spec, nodes, tuple(faults))
+    faults = [replace(fault, phase="HELD") if rng.randrange(10) < BETWEEN_RUNS else fault for fault in faults]
+    return Schedule(spec, nodes, tuple(faults), tuple(_held_run(rng) for _ in range(rng.randint(1, 4))))
 
 
 def _nodes(rng: random.Random, spec: RunSpec) -> tuple[int, ...]:
@@ -140,6 +157,11 @@ def _spec(rng: random.Random) -> RunSpec:
     )
 
 
+def _held_run(rng: random.Random) -> HeldRun:
+    pause = rng.choice((0.0, 0.01, rng.uniform(0, 2), rng.uniform(2, 20)))
+    return HeldRun(round(pause, 3), rng.choice((0, 1, 3, -1)))
+
+
 def _fault(rng: random.Random) -> Fault:
     name = rng.choices(_NAMES, _WEIGHTS)[0]
     kind = KINDS[name]
@@ -150,8 +172,8 @@ def _fault(rng: random.Random) -> Fault:
 
 
 def time_limit(schedule: Schedule) -> float:
-    """The virtual time by which the run must have ended, whatever happens: nobody waits forever."""
+    """The virtual time by which all must have ended, whatever happens: nobody waits forever."""
     times = schedule.spec.timeouts
     one_round = 2 * (times.placement + times.start) + times.process_group + times.last_call + times.stop
     one_round += 3 * times.unresponsive + times.lease + times.min_generation_age + 90
-    return 2 * FAULTS_END + (3 + len(schedule.faults)) * one_round
+    return 2 * FAULTS_END + (3 + len(schedule.faults) + 4 * len(schedule.runs)) * one_round

@@ -1,4 +1,4 @@
-r"""A whole run in virtual time: `simulate(seed)`.
+r"""A whole run in virtual time, or a launcher with several: `simulate(seed)`.
 
 The real coordinator, a cluster that exists only in memory, and faults at the worst moments, all drawn from one seed: a
 failing run can be replayed exactly. After every event the machine's own invariants (`check`) and those that can be
@@ -20,6 +20,7 @@ from raylaunch.coordinator.commands import Command, Finish, Outcome, WakeAt
 from raylaunch.coordinator.invariants import check
 from raylaunch.coordinator.machine import Coordinator, Decision
 from raylaunch.coordinator.phase import Phase
+from raylaunch.coordinator.roster import Standing
 from raylaunch.coordinator.witness import Witness
 from raylaunch.testing.fake_cluster import FakeCluster
 from raylaunch.testing.fake_faults import FakeFaults
@@ -31,7 +32,7 @@ MAX_EVENTS = 20_000
 #: How many of the last events a failure shows.
 SHOWN = 30
 #: Phases in which nobody needs to wake the coordinator: running has no limit.
-_UNLIMITED = frozenset({Phase.RUNNING, Phase.DONE})
+_UNLIMITED = frozenset({Phase.RUNNING, Phase.HELD, Phase.DONE})
 
 #: With these alone, and room for the minimum, a run must succeed.
 _HARMLESS = frozenset({"add_node", "slow", "repeat", "stubborn", "coordinator_dies"})
@@ -39,6 +40,10 @@ _HARMLESS = frozenset({"add_node", "slow", "repeat", "stubborn", "coordinator_di
 _SPOILS_GROWTH = frozenset({"start_fails", "start_hangs", "cannot_work"})
 #: Who can't wait may take these for a lack of room.
 _DOUBTS = frozenset({"slow", "cut", "freeze", "freeze_node"})
+#: These hit one run and nothing else, and the next one knows nothing of it.
+_OF_ONE_RUN = frozenset(
+    {"kill", "raise_error", "raise_everywhere", "fatal", "exit", "return_early", "stop", "stop_now"}
+)
 #: After these, nodes with room are not used.
 _BLOCKS = frozenset({"cannot_work", "drain"})
 
@@ -51,7 +56,7 @@ class SimulationFailed(AssertionError):  # noqa: N818 - it is a verdict
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """How a simulated run went."""
+    """How a simulated run went, or a launcher's last one; `restarts` are those of all runs."""
 
     seed: int
     outcome: Outcome
@@ -59,6 +64,8 @@ class SimulationResult:
     generations: int
     restarts: int
     world_size: int
+    #: How each run ended.
+    runs: tuple[Finish, ...]
     #: Virtual seconds from the first event to the last command.
     duration: float
     #: The faults that hit something.
@@ -128,6 +135,10 @@ class _Run:
         self.could_grow_since: tuple[float, int] | None = None
         #: How many faults had hit something when the newest generation was formed.
         self.fired_before = 0
+        #: How the runs so far ended.
+        self.finishes: list[Finish] = []
+        #: How many faults had hit something when the newest run was requested.
+        self.fired_when_requested = 0
 
     def go(self) -> SimulationResult:
         """To the end, and a little further: what arrives after the end must change nothing."""
@@ -136,15 +147,15 @@ class _Run:
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             raise _BrokenError(problem, self.steps) from error
-        finish = self.cluster.finished
-        assert finish is not None
+        last = self.finishes[-1] if self.finishes else Finish(Outcome.STOPPED, "the launcher was left before any run")
         return SimulationResult(
             self.seed,
-            finish.outcome,
-            finish.reason,
-            finish.generation,
-            finish.restarts,
-            finish.world_size,
+            last.outcome,
+            last.reason,
+            last.generation,
+            sum(finish.restarts for finish in self.finishes),
+            last.world_size,
+            tuple(self.finishes),
             self.ended_at,
             tuple(self.faults.fired),
             tuple(self.steps),
@@ -152,8 +163,12 @@ class _Run:
 
     def _run(self) -> None:
         clock, cluster = self.cluster.clock, self.cluster
-        self._handle(e.RunRequested(0.0, self.schedule.spec))
-        while cluster.finished is None:
+        if self.schedule.runs:
+            self._handle(e.HoldRequested(0.0, self.schedule.spec))
+            self._go_on()
+        else:
+            self._handle(e.RunRequested(0.0, self.schedule.spec))
+        while self.coordinator.phase is not Phase.DONE:
             if cluster.wake is not None and (not clock.queue or cluster.wake <= clock.queue[0][0]):
                 clock.now, cluster.wake = cluster.wake, None
                 self._handle(e.Tick(clock.now))
@@ -166,9 +181,27 @@ class _Run:
             if len(self.steps) > MAX_EVENTS:
                 raise AssertionError(f"no end after {MAX_EVENTS} events; {self._waiting()}")
         self.ended_at = clock.now
-        self._judge(cluster.finished)
         while clock.queue and clock.now < self.ended_at + 10:
             self._next()
+
+    def _go_on(self) -> None:
+        """Have the launcher's next run requested, or the launcher left after the last one."""
+        number, runs = len(self.finishes), self.schedule.runs
+        if number < len(runs):
+            self.cluster.clock.after(runs[number].pause, self._request, number)
+        else:
+            self.cluster.clock.after(1.0, self.faults.leave)
+
+    def _request(self, number: int) -> None:
+        if self.faults.left:
+            return
+        machine, bounds = self.coordinator, self.schedule.spec.bounds
+        self.fired_when_requested = len(self.faults.fired)
+        warm = machine.roster.standings[Standing.USABLE] == bounds.max_units and not machine.roll_owed
+        allowed = self.schedule.runs[number].max_restarts
+        spec = replace(self.schedule.spec, run_id=f"simulated-{number + 1}", max_restarts=allowed)
+        self._handle(e.RunRequested(self.cluster.clock.now, spec))
+        assert not warm or self.coordinator.phase is Phase.FORMING, "every seat is warm, and the run waits"
 
     def _next(self) -> None:
         clock = self.cluster.clock
@@ -192,12 +225,18 @@ class _Run:
         check(self.coordinator)
         phase = self.coordinator.phase
         assert self.cluster.wake is not None or phase in _UNLIMITED, f"phase {phase.name} waits without a WakeAt"
+        for command in decision.commands:
+            if isinstance(command, Finish):
+                self._judge(command)
+                self.finishes.append(command)
+                if phase is Phase.HELD:
+                    self._go_on()
         # A start that hangs is charged each time it is tried, and a frozen node makes them all hang.
         self.hung_starts += "timeouts.start" in decision.reason
         explained = self.faults.harm + self.hung_starts
-        assert self.coordinator.restarts <= explained, (
-            f"{self.coordinator.restarts} restarts were charged, but the faults so far explain {explained}"
-        )
+        charged = sum(finish.restarts for finish in self.finishes)  # no failure is charged to two runs
+        charged += self.coordinator.restarts if self.witness.running else 0
+        assert charged <= explained, f"{charged} restarts were charged, but the faults so far explain {explained}"
         self._watch_growth()
         if decision.generation > before:
             self._judge_growth()
@@ -242,17 +281,23 @@ class _Run:
         if "slow" not in kinds:
             self._judge_causes(finish)
         if finish.outcome is Outcome.STOPPED:
-            assert kinds & {"stop", "stop_now"}, "stopped, but nobody asked for it"
+            assert kinds & {"stop", "stop_now", "release"}, "stopped, but nobody asked for it"
         if finish.outcome is Outcome.FAILED:
             assert self.faults.harm, "failed, but nothing had happened"
         impatient = self.schedule.spec.timeouts.placement < 2 and kinds & _DOUBTS
         if finish.outcome is Outcome.NO_ROOM and not kinds & _BLOCKS and not impatient:
-            quiet = self.ended_at - self.cluster.placement.changed_at
+            quiet = self.cluster.clock.now - self.cluster.placement.changed_at
             patience = 3 + self.schedule.spec.timeouts.placement / 2
             room = self.cluster.placement.has_room(self.schedule.spec.bounds.min_units)
             assert not room or quiet < patience, f"there has been room for {quiet:.0f} s, but: {finish.reason}"
         if kinds <= _HARMLESS and self._has_room():
             assert finish.outcome is Outcome.SUCCEEDED, f"nothing went wrong, but: {finish.reason}"
+        nothing_new = self.fired_when_requested == len(self.faults.fired)
+        if nothing_new and kinds <= _HARMLESS | _OF_ONE_RUN and self._has_room():
+            # A stop may be under way when its run ends by itself; the shell would not send it to the next one.
+            ended_well = finish.outcome in (Outcome.SUCCEEDED, Outcome.STOPPED)
+            assert ended_well, f"the last run's failure fails this one: {finish.reason}"
+            assert not finish.restarts, f"{finish.restarts} restarts for the last run's failures"
 
     def _judge_causes(self, finish: Finish) -> None:
         """Nobody may be told a consequence where the cause could be known, nor our own doing."""

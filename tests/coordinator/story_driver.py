@@ -6,6 +6,7 @@ Nothing happens by itself; after every event the invariants and the witness must
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from raylaunch.coordinator import commands as c
@@ -30,9 +31,9 @@ FATAL = Ending(EndKind.RAISED, error_type="KeyError", message="'model'", fatal=T
 
 
 class Story:
-    """One run, told by hand. Times are seconds since the run was requested."""
+    """One run, or the runs of a launcher (`held`), told by hand. Times are seconds since the first event."""
 
-    def __init__(self, num_workers: int | tuple[int, int] = 2, **spec: Any) -> None:
+    def __init__(self, num_workers: int | tuple[int, int] = 2, *, held: bool = False, **spec: Any) -> None:
         timeouts = Timeouts(**{"last_call": 2.0, "min_generation_age": 10.0, **spec.pop("timeouts", {})})
         self.coordinator = Coordinator()
         self.witness = Witness()
@@ -47,7 +48,8 @@ class Story:
         self.ready: set[int] = set()
         self.devices: dict[tuple[int, int], tuple[str, ...]] = {}
         self.spec = make_spec(num_workers=num_workers, run_id="story", timeouts=timeouts, **spec)
-        self.send(e.RunRequested, self.spec)
+        self.runs = 0
+        self.send(e.HoldRequested if held else e.RunRequested, self.spec)
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -65,6 +67,13 @@ class Story:
         self.witness.observe(fact, decision)
         check(self.coordinator)
         return decision
+
+    def request(self, *, max_restarts: int = 3, after: float = 0.0) -> Decision:
+        """The launcher's next run."""
+        self.runs += 1
+        self.mark()
+        spec = replace(self.spec, run_id=f"story-{self.runs}", max_restarts=max_restarts)
+        return self.send(e.RunRequested, spec, after=after)
 
     def wait(self, seconds: float) -> None:
         """Time passes; whoever asked to be woken is."""
@@ -140,6 +149,14 @@ class Story:
         self.mark()
         return self
 
+    def hold(self, *nodes: str) -> Story:
+        """Up to a spare ready in every seat of the minimum, for the first run."""
+        self.place(1, *nodes)
+        self.start()
+        assert self.phase is Phase.HELD
+        self.mark()
+        return self
+
     def succeed(self) -> c.Finish:
         """Every rank returns."""
         for rank in range(self.coordinator.world_size):
@@ -175,9 +192,10 @@ class Story:
 
     @property
     def finish(self) -> c.Finish:
-        """How the run ended."""
-        (finish,) = self.all(c.Finish)
-        return finish
+        """How the run, or the launcher's last one, ended."""
+        finishes = self.all(c.Finish)
+        assert len(finishes) == max(1, self.runs)
+        return finishes[-1]
 
     def mark(self) -> None:
         """Let `new` look at what comes from here on."""
@@ -230,6 +248,13 @@ def in_phase(phase: Phase) -> Story:
     """A run that is in a given phase."""
     if phase is Phase.RENDEZVOUS:
         return Story(2)
+    if phase is Phase.HELD:
+        story = Story(2, held=True).hold("a", "b")
+        story.request()
+        story.join()
+        story.succeed()
+        assert story.phase is phase
+        return story
     if phase is Phase.FORMING:
         story = Story(2)
         story.place(1, "a", "b")

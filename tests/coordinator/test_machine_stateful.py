@@ -6,6 +6,7 @@ order, and contradict one another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -57,9 +58,9 @@ def specs(draw: st.DrawFn) -> RunSpec:
 class AnyOrder(RuleBasedStateMachine):
     """Sends events about whatever exists or has existed."""
 
-    @initialize(spec=specs(), far=st.integers(0, 4), data=st.data())
-    def begin(self, spec: RunSpec, far: int, data: st.DataObject) -> None:
-        """A new run, or one that has come some way."""
+    @initialize(spec=specs(), held=st.booleans(), far=st.integers(0, 4), data=st.data())
+    def begin(self, spec: RunSpec, held: bool, far: int, data: st.DataObject) -> None:
+        """A new run, with or without a launcher, or one that has come some way."""
         self.coordinator = Coordinator()
         self.witness = Witness()
         self.now = 0.0
@@ -71,7 +72,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.lost_nodes: set[str] = set()
         self.rolls: list[c.CallRoll] = []
         self.spec = spec
-        self.send(e.RunRequested, spec)
+        self.send(e.HoldRequested if held else e.RunRequested, spec)
+        if held and far % 2:
+            self.another_run_is_requested(3)
         if far > 0:
             self.everything_is_placed(data)
         if far > 1:
@@ -121,7 +124,7 @@ class AnyOrder(RuleBasedStateMachine):
     def holds(self) -> None:
         self.broken = True
         check(self.coordinator)
-        if self.coordinator.phase not in (Phase.RUNNING, Phase.DONE):
+        if self.coordinator.phase not in (Phase.RUNNING, Phase.HELD, Phase.DONE):
             assert self.witness.wake is not None, "it waits, and nobody will wake it"
         self.broken = False
 
@@ -176,6 +179,16 @@ class AnyOrder(RuleBasedStateMachine):
     def a_stop_is_requested(self, really: int) -> None:
         if really == 0:
             self.send(e.StopRequested, "enough")
+
+    @precondition(lambda self: self.coordinator.phase is Phase.HELD)
+    @rule(max_restarts=st.sampled_from([0, 1, 3]))
+    def another_run_is_requested(self, max_restarts: int) -> None:
+        self.send(e.RunRequested, replace(self.spec, run_id="another", max_restarts=max_restarts))
+
+    @rule(really=st.integers(0, 9))
+    def the_launcher_is_left(self, really: int) -> None:
+        if really == 0:
+            self.send(e.ReleaseRequested, "left")
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -260,15 +273,18 @@ class AnyOrder(RuleBasedStateMachine):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """Whatever has happened: a stop ends it, and leaves nothing."""
+        """Whatever has happened: a stop ends the run, the release all, and nothing is left."""
         if getattr(self, "broken", True):
             return
         self.send(e.StopRequested, "the end")
         self.send(e.StopRequested, "at once")
         self.send(e.Tick)
         check(self.coordinator)
+        assert self.coordinator.phase in (Phase.HELD, Phase.DONE)
+        assert not self.witness.running
+        self.send(e.ReleaseRequested, "left")
+        check(self.coordinator)
         assert self.coordinator.phase is Phase.DONE
-        assert self.witness.finish is not None
 
 
 AnyOrder.TestCase.settings = settings(

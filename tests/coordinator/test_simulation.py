@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
@@ -85,8 +86,15 @@ def test_a_story_tells_every_event():
     result = simulate(3)
     story = result.story()
     assert len(story) == len(result.trace)
-    assert "RunRequested" in story[0]
+    assert "RunRequested" in story[0] or "HoldRequested" in story[0]
     assert any("Finish" in line for line in story)
+
+
+def test_launchers_have_several_runs_and_one_that_fails_is_followed_by_one_that_succeeds():
+    runs = [[finish.outcome for finish in simulate(seed).runs] for seed in range(400) if draw(seed).runs]
+    pairs = {pair for outcomes in runs for pair in pairwise(outcomes)}
+    assert len(runs) > 80
+    assert {(c.Outcome.FAILED, c.Outcome.SUCCEEDED), (c.Outcome.SUCCEEDED, c.Outcome.SUCCEEDED)} <= pairs
 
 
 # -- planted bugs ----------------------------------------------------------------------------------------------------
@@ -117,6 +125,34 @@ class FreeRestarts(Mutant):
     def tamper(self, decision: Decision, event: e.Event) -> list[c.Command]:
         self.restarts = 0
         return list(decision.commands)
+
+
+class Grudge(Mutant):
+    """What one run was charged is not forgotten in the next."""
+
+    def forget_run(self) -> None:
+        restarts = getattr(self, "restarts", 0)
+        super().forget_run()
+        self.restarts = restarts
+
+    def tamper(self, decision: Decision, event: e.Event) -> list[c.Command]:
+        return list(decision.commands)
+
+
+class Hoarder(Mutant):
+    """A launcher that is left goes on holding."""
+
+    def tamper(self, decision: Decision, event: e.Event) -> list[c.Command]:
+        left = isinstance(event, e.ReleaseRequested) and decision.before is Phase.HELD
+        return [x for x in decision.commands if not (left and isinstance(x, (c.KillWorkers, c.ReleaseBundles)))]
+
+
+class Survivor(Mutant):
+    """A launcher's ranks outlive their run."""
+
+    def tamper(self, decision: Decision, event: e.Event) -> list[c.Command]:
+        ends = decision.after is Phase.HELD and any(isinstance(x, c.Finish) for x in decision.commands)
+        return [x for x in decision.commands if not (ends and isinstance(x, c.KillWorkers))]
 
 
 class OverdrawnBudget(Mutant):
@@ -244,6 +280,9 @@ class Crash(Mutant):
 MUTANTS = [
     NoFencing,
     FreeRestarts,
+    Grudge,
+    Hoarder,
+    Survivor,
     OverdrawnBudget,
     DoublePromotion,
     WrongEndpoint,

@@ -14,9 +14,11 @@ from raylaunch.coordinator.phase import Phase
 from raylaunch.errors import InternalError
 from raylaunch.spec import make_spec
 
+SPEC = Story(2).spec
 #: The fields of each event after `at`, about worker 1 and group 1, which every run has had.
 FIELDS: dict[type[e.Event], tuple[Any, ...]] = {
-    e.RunRequested: (make_spec(num_workers=2, run_id="again"),),
+    e.HoldRequested: (make_spec(num_workers=2, run_id="launcher"),),
+    e.RunRequested: (make_spec(num_workers=2, run_id="again", timeouts=SPEC.timeouts),),
     e.BundlesPlaced: (1, ("a", "b")),
     e.BundlesLost: (1, "it was removed"),
     e.WorkerStarted: (1, "a", "host-a", 71, 7, {}, ()),
@@ -32,6 +34,7 @@ FIELDS: dict[type[e.Event], tuple[Any, ...]] = {
     e.OthersWaiting: (True,),
     e.PulseMissed: (1, 5.0),
     e.StopRequested: ("enough",),
+    e.ReleaseRequested: ("the launcher was left",),
     e.Tick: (),
 }
 
@@ -62,7 +65,8 @@ def test_an_event_is_accepted_or_refused_without_a_trace(phase: Phase, event: ty
     machine, now = a_run(phase)
     before = state(machine)
     fact = event(now, *FIELDS[event])
-    if (phase is Phase.NEW) == (event is e.RunRequested):
+    begins = {Phase.NEW: {e.HoldRequested, e.RunRequested}, Phase.HELD: {e.RunRequested}}.get(phase, set())
+    if event in begins or (phase is not Phase.NEW and event not in (e.HoldRequested, e.RunRequested)):
         assert event in TABLE[phase].accepts
         decision = machine.handle(fact)
         assert decision.before is phase
@@ -120,7 +124,20 @@ def test_a_group_that_is_placed_with_another_size_is_refused_without_a_trace():
 
 @pytest.mark.parametrize("phase", [Phase.SETTLING, Phase.STOPPING, Phase.DONE], ids=lambda phase: phase.name)
 def test_the_end_is_never_left(phase: Phase):
-    assert TABLE[phase].leads_to <= {Phase.DONE}
+    assert TABLE[phase].leads_to <= {Phase.HELD, Phase.DONE}
+
+
+def test_only_new_runs_and_the_release_lead_out_of_being_held():
+    assert TABLE[Phase.HELD].leads_to == {Phase.ROLL_CALL, Phase.RENDEZVOUS, Phase.DONE}
+
+
+def test_a_run_that_asks_for_something_else_than_is_held_is_refused_without_a_trace():
+    story = in_phase(Phase.HELD)
+    before = state(story.coordinator)
+    for spec in (make_spec(num_workers=3, timeouts=SPEC.timeouts), make_spec(num_workers=2, grow=False)):
+        with pytest.raises(InternalError, match="something else than it holds"):
+            story.coordinator.handle(e.RunRequested(story.now, spec))
+    assert state(story.coordinator) == before
 
 
 def test_every_phase_can_be_reached():
