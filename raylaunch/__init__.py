@@ -2,12 +2,16 @@
 
     result = raylaunch.run(train_fn, num_workers=(8, 16), use_gpu=True)
 
+    with raylaunch.Launcher(num_workers=8, use_gpu=True) as launcher:  # several runs on the same workers
+        launcher.run(pretrain)
+        launcher.run(finetune)
+
 The map: `api` takes a request, `spec` validates it, `coordinator/` decides (pure), `cluster/` acts (Ray), `worker/` is
 what happens inside a worker (torch), `journal` records, `errors` tells. Importing this package imports neither torch
 nor ray.
 """
 
-from raylaunch.api import run
+from raylaunch.api import Launcher, run
 from raylaunch.context import Context, get_context
 from raylaunch.coordinator.commands import Recovery
 from raylaunch.errors import (
@@ -16,6 +20,7 @@ from raylaunch.errors import (
     EndKind,
     Failure,
     InternalError,
+    LauncherClosedError,
     PlacementTimeout,
     RaylaunchError,
     RunFailedError,
@@ -31,6 +36,8 @@ __all__ = [
     "Ending",
     "Failure",
     "InternalError",
+    "Launcher",
+    "LauncherClosedError",
     "PlacementTimeout",
     "RaylaunchError",
     "Recovery",

@@ -4,6 +4,7 @@
     ├── ConfigError          yours: an argument that can't work (also a ValueError)
     ├── RunFailedError       a run that ended without success; `.root_cause` says why
     │   └── PlacementTimeout the cluster never had room (also a TimeoutError)
+    ├── LauncherClosedError  a launcher was used outside of its with block (also a RuntimeError)
     └── InternalError        ours: the state machine was handed something impossible
 
 `Ending` and `Failure` are values, not exceptions: they cross processes, go into the journal, and are what the
@@ -135,6 +136,10 @@ class RaylaunchError(Exception):
 
 class ConfigError(RaylaunchError, ValueError):
     """An argument that can't work. The message names the argument, its value and what is allowed."""
+
+
+class LauncherClosedError(RaylaunchError, RuntimeError):
+    """A launcher was asked for a run before its with block was entered, or after it was left."""
 
 
 class InternalError(RaylaunchError):
@@ -310,6 +315,7 @@ __all__ = [
     "Ending",
     "Failure",
     "InternalError",
+    "LauncherClosedError",
     "PlacementTimeout",
     "RaylaunchError",
     "RunFailedError",

@@ -151,13 +151,17 @@ def make_spec(
     spares: int | str = "auto",
     timeouts: Timeouts | None = None,
     run_id: str | None = None,
+    name: str | None = None,
     virtual_local_rank: bool = False,
     versions: Mapping[str, str] | None = None,
 ) -> RunSpec:
-    """The validated `RunSpec`. The arguments are those of `raylaunch.run`. Raises `ConfigError`."""
-    for name, value in (("use_gpu", use_gpu), ("grow", grow), ("virtual_local_rank", virtual_local_rank)):
+    """The validated `RunSpec`. The arguments are those of `raylaunch.run`; a launcher has a `name`, not a `run_id`.
+
+    Raises `ConfigError`.
+    """
+    for switch, value in (("use_gpu", use_gpu), ("grow", grow), ("virtual_local_rank", virtual_local_rank)):
         if not isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r}: must be True or False")
+            raise ConfigError(f"{switch}={value!r}: must be True or False")
     resources = _resources(resources_per_worker, use_gpu)
     chosen = _backend(backend, use_gpu)
     _check_gpus(resources.get("GPU", 0.0), chosen, virtual_local_rank)
@@ -167,8 +171,6 @@ def make_spec(
         )
     if timeouts is not None and not isinstance(timeouts, Timeouts):
         raise ConfigError(f"timeouts={timeouts!r}: must be a raylaunch.Timeouts")
-    if not _is_int(max_restarts) or max_restarts < -1:
-        raise ConfigError(f"max_restarts={max_restarts!r}: must be a whole number, at least 0, or -1 for no limit")
     if workers_per_node is not None and placement_strategy == "STRICT_PACK":
         raise ConfigError(
             f"placement_strategy={placement_strategy!r}: workers_per_node={workers_per_node!r} spreads the workers over"
@@ -182,19 +184,26 @@ def make_spec(
             f" {shared:g} GPUs: must be a whole number, or at most one"
         )
     return RunSpec(
-        run_id=_run_id(run_id),
+        run_id=_run_id(run_id, "run_id") if name is None else _run_id(name, "name"),
         bounds=bounds,
         resources_per_worker=resources,
         placement_strategy="STRICT_SPREAD" if workers_per_node is not None else placement_strategy,
         label_selector=_labels(label_selector),
         backend=chosen,
-        max_restarts=int(max_restarts),
+        max_restarts=budget(max_restarts),
         grow=grow,
         spares=_spares(spares),
         timeouts=timeouts or Timeouts(),
         virtual_local_rank=virtual_local_rank,
         versions=dict(versions or {}),
     )
+
+
+def budget(max_restarts: Any) -> int:
+    """The validated `max_restarts` of a run. Raises `ConfigError`."""
+    if not _is_int(max_restarts) or max_restarts < -1:
+        raise ConfigError(f"max_restarts={max_restarts!r}: must be a whole number, at least 0, or -1 for no limit")
+    return int(max_restarts)
 
 
 def _is_int(value: object) -> bool:
@@ -282,9 +291,9 @@ def _spares(spares: Any) -> int:
     return int(spares)
 
 
-def _run_id(run_id: Any) -> str:
+def _run_id(run_id: Any, argument: str) -> str:
     if run_id is None:
         return uuid.uuid4().hex[:10]
     if not isinstance(run_id, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id):
-        raise ConfigError(f"run_id={run_id!r}: must be 1 to 64 letters, digits, '.', '_' or '-', the first no sign")
+        raise ConfigError(f"{argument}={run_id!r}: must be 1 to 64 letters, digits, '.', '_' or '-', the first no sign")
     return run_id

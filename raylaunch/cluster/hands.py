@@ -23,7 +23,7 @@ from raylaunch.cluster import placement
 from raylaunch.cluster.background import Background
 from raylaunch.cluster.faults import ending_from, is_loss
 from raylaunch.cluster.node_actor import Death, NodeAgent
-from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor, WorkerConfig
+from raylaunch.cluster.worker_actor import Hello, RunConfig, Warm, WorkerActor, WorkerConfig
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.errors import Ending, EndKind, short_id
@@ -82,6 +82,8 @@ class Hands:
         self._background = Background()
         self._releases = Background()
         self.values: dict[int, Any] = {}
+        #: What is told to those that become ranks: the run that is going on.
+        self.run: RunConfig
         self._closing = False
 
     # -- placement groups --------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ class Hands:
             self._forget_before(hand.generation - 1)
             self.values.clear()
         # Both calls at once: nothing stands between joining and train_fn.
-        joined = hand.actor.join.remote(command.assignment)
+        joined = hand.actor.join.remote(command.assignment, self.run)
         outcome, hand.exception = hand.actor.run.remote()
         self._background.start(self._follow(hand, command.assignment.generation, joined, outcome))
 

@@ -1,4 +1,4 @@
-"""From a validated spec to a result: connects to Ray, ships the function, starts coordinator and shell, waits.
+"""From a validated spec to results: connects to Ray, starts coordinator and shell, ships functions, waits.
 
 The library uses the Ray session that is there or connects with a bare `ray.init()`; it never shuts one down.
 """
@@ -12,20 +12,20 @@ import sysconfig
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import ray.cloudpickle
 from ray.runtime_env import RuntimeEnv
 from ray.util.placement_group import validate_placement_group
 
 from raylaunch.cluster.coordinator_actor import start_coordinator
+from raylaunch.cluster.run import Run
 from raylaunch.cluster.shell import Shell
-from raylaunch.cluster.shipping import pack
-from raylaunch.cluster.worker_actor import WorkerConfig, versions
-from raylaunch.coordinator.commands import Finish, Outcome
-from raylaunch.errors import ConfigError, PlacementTimeout, RunFailedError, run_failed
+from raylaunch.cluster.shipping import Packed, pack
+from raylaunch.cluster.worker_actor import RunConfig, WorkerConfig, versions
+from raylaunch.errors import ConfigError
 from raylaunch.journal import Journal
 from raylaunch.result import RunResult
 from raylaunch.spec import RunSpec
@@ -36,16 +36,14 @@ logger = logging.getLogger("raylaunch")
 
 #: After the time that workers have for stopping: how long the rest of a stop may take, in seconds.
 STOP_SLACK_SECONDS = 20.0
+#: How long a run may take to end when it is interrupted for the second time, in seconds.
+AT_ONCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the coordinator doesn't need to know: the function, and what its workers are given. As `run` got it."""
+class Setup:
+    """What the workers are given besides their seats, and where the journal goes. As the user said it."""
 
-    train_fn: Callable[..., Any]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any] | None
-    no_retry: Sequence[type[BaseException]]
     preload: Sequence[str]
     env: Mapping[str, str] | None
     copy_env: Sequence[str]
@@ -54,11 +52,7 @@ class Job:
 
     def check(self) -> None:
         """Refuse what can't work, before anything is started. Raises `ConfigError`."""
-        check_call(self.train_fn, self.args, self.kwargs)
         check_env("env", {} if self.env is None else self.env)
-        types = self.no_retry if isinstance(self.no_retry, (tuple, list)) else [None]
-        if not all(isinstance(item, type) and issubclass(item, BaseException) for item in types):
-            raise ConfigError(f"no_retry={self.no_retry!r}: must be a tuple of exception types, as (ValueError,)")
         for name, items, example in (("copy_env", self.copy_env, "MY_*"), ("preload", self.preload, "torch")):
             if not isinstance(items, (tuple, list)) or not all(isinstance(item, str) and item for item in items):
                 raise ConfigError(
@@ -72,50 +66,124 @@ class Job:
             raise ConfigError(f"log_dir={self.log_dir!r}: the operating system allows no zero byte")
 
 
-def launch(spec: RunSpec, job: Job) -> RunResult:
-    """Carry a run out. See `raylaunch.run` for what it raises."""
-    job.check()
-    packed = pack(job.train_fn, job.args, job.kwargs, tuple(job.no_retry))
-    connect()
-    _check_with_ray(spec, job)
-    spec = replace(spec, versions=versions())
-    payload = ray.put(packed)
-    in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-    environ = dict(os.environ)
-    if in_ray_worker:
-        environ.pop("OMP_NUM_THREADS", None)  # Ray's own, for this task or actor
-    coordinator = start_coordinator(spec.run_id, spec.timeouts, owns_job=not in_ray_worker)
-    config = WorkerConfig(
-        run_id=spec.run_id,
-        token=uuid.uuid4().hex,
-        coordinator=coordinator,
-        payload=(payload,),
-        code_path=_code_path(),
-        copied_env=copied_env(environ, tuple(job.copy_env)),
-        env=dict(job.env or {}),
-        preload=tuple(job.preload),
-        cpus_per_worker=spec.resources_per_worker.get("CPU", 1.0),
-        use_gpu=bool(spec.gpus_per_worker),
-        virtual_local_rank=spec.virtual_local_rank,
-        backend=spec.backend,
-        max_restarts=spec.max_restarts,
-        lease=spec.timeouts.lease,
-        process_group_seconds=spec.timeouts.process_group,
-    )
-    journal = Journal(os.path.join(job.log_dir or _log_root(), spec.run_id), spec.run_id)
-    logger.info("run %s: journal %s", spec.run_id, journal.path)
-    shell = Shell(spec, journal, coordinator, config, dict(job.runtime_env or {}))
-    try:
-        shell.start()
-        finish = shell.wait()
-    except BaseException as interrupt:  # Ctrl-C, SIGTERM (Ray makes it a SystemExit), a notebook's interrupt
-        _stop(shell, spec, f"{type(interrupt).__name__} in the driver")
-        raise
-    assert finish is not None, "a wait without a limit ends with the run"
-    return _result(shell, finish, spec, journal.path)
+@dataclass(frozen=True)
+class Job:
+    """What a run calls. As the user said it."""
+
+    train_fn: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] | None
+    no_retry: Sequence[type[BaseException]]
+
+    def pack(self) -> Packed:
+        """It is ready for the object store. Refuses what can't work, before anything is started: `ConfigError`."""
+        check_call(self.train_fn, self.args, self.kwargs)
+        types = self.no_retry if isinstance(self.no_retry, (tuple, list)) else [None]
+        if not all(isinstance(item, type) and issubclass(item, BaseException) for item in types):
+            raise ConfigError(f"no_retry={self.no_retry!r}: must be a tuple of exception types, as (ValueError,)")
+        return pack(self.train_fn, self.args, self.kwargs, tuple(self.no_retry))
 
 
-def _check_with_ray(spec: RunSpec, job: Job) -> None:
+def launch(spec: RunSpec, setup: Setup, job: Job) -> RunResult:
+    """Carry a single run out. See `raylaunch.run` for what it raises."""
+    setup.check()
+    packed = job.pack()
+    with Session(spec, setup, held=False) as session:
+        return session.result(session.request(packed, spec.run_id, spec.max_restarts))
+
+
+class Session:
+    """A shell and its coordinator, and the runs that are made with them: one; or, `held`, a launcher's.
+
+    A context manager: leaving it releases everything that the session has in the cluster. Raises `ConfigError` for what
+    only Ray can say can't work.
+    """
+
+    def __init__(self, spec: RunSpec, setup: Setup, *, held: bool) -> None:
+        connect()
+        _check_with_ray(spec, setup)
+        self._spec = spec = replace(spec, versions=versions())
+        in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+        environ = dict(os.environ)
+        if in_ray_worker:
+            environ.pop("OMP_NUM_THREADS", None)  # Ray's own, for this task or actor
+        coordinator = start_coordinator(spec.run_id, spec.timeouts, owns_job=not in_ray_worker)
+        config = WorkerConfig(
+            name=spec.run_id,
+            token=uuid.uuid4().hex,
+            coordinator=coordinator,
+            code_path=_code_path(),
+            copied_env=copied_env(environ, tuple(setup.copy_env)),
+            env=dict(setup.env or {}),
+            preload=tuple(setup.preload),
+            cpus_per_worker=spec.resources_per_worker.get("CPU", 1.0),
+            use_gpu=bool(spec.gpus_per_worker),
+            virtual_local_rank=spec.virtual_local_rank,
+            backend=spec.backend,
+            lease=spec.timeouts.lease,
+            process_group_seconds=spec.timeouts.process_group,
+        )
+        journal = Journal(os.path.join(setup.log_dir or _log_root(), spec.run_id), spec.run_id)
+        logger.info("%s %s: journal %s", "launcher" if held else "run", spec.run_id, journal.path)
+        self._journal = journal.path
+        self._shell = Shell(spec, journal, coordinator, config, dict(setup.runtime_env or {}), held=held)
+        self._shell.start()
+
+    def request(self, packed: Packed, run_id: str, max_restarts: int) -> Run:
+        """Have a run made, after those that were requested before."""
+        spec = replace(self._spec, run_id=run_id, max_restarts=max_restarts)
+        run = Run(spec, RunConfig(run_id, ray.put(packed), max_restarts), self._journal)
+        self._shell.request(run)
+        return run
+
+    def result(self, run: Run) -> RunResult:
+        """Wait for a run's result. Interrupted (Ctrl-C, SIGTERM as Ray's SystemExit), it stops the run first."""
+        try:
+            return run.future.result()
+        except BaseException as interrupt:
+            if not run.future.done():
+                self._stop(run, f"{type(interrupt).__name__} in the driver")
+            raise
+
+    def _stop(self, run: Run, reason: str) -> None:
+        """Stop a run in order; interrupted once more, at once."""
+        if run.future.cancel():  # it had not begun
+            return
+        try:
+            self._shell.stop(run, reason)
+            ended = _ends(run, self._spec.timeouts.stop + STOP_SLACK_SECONDS)
+        except (KeyboardInterrupt, SystemExit):
+            self._shell.stop(run, f"{reason}, once more")
+            ended = _ends(run, AT_ONCE_SECONDS)
+        if not ended:
+            logger.error("run %s could not be stopped in order; ending everything at once", run.spec.run_id)
+            self._shell.abandon()
+
+    def __enter__(self) -> Session:  # noqa: PYI034 - Self is of Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release everything, and see that it is gone. Interrupted, at once."""
+        try:
+            self._shell.release("it was left")
+            if not self._shell.wait(self._spec.timeouts.stop + STOP_SLACK_SECONDS):
+                logger.error("%s could not be released in order; ending it at once", self._spec.run_id)
+                self._abandon()
+        except (KeyboardInterrupt, SystemExit):
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        self._shell.abandon()
+        self._shell.wait(STOP_SLACK_SECONDS)
+
+
+def _ends(run: Run, seconds: float) -> bool:
+    """Whether a run ends within this time."""
+    return bool(futures.wait([run.future], seconds).done)
+
+
+def _check_with_ray(spec: RunSpec, setup: Setup) -> None:
     """What Ray itself would refuse later, in the middle of things."""
     labels = [spec.label_selector] if spec.label_selector else None
     try:
@@ -124,9 +192,9 @@ def _check_with_ray(spec: RunSpec, job: Job) -> None:
         shown = f"label_selector={spec.label_selector!r}, resources_per_worker={spec.resources_per_worker!r}"
         raise ConfigError(f"{shown}: Ray refuses them: {error}") from error
     try:
-        RuntimeEnv(**(job.runtime_env or {}))
+        RuntimeEnv(**(setup.runtime_env or {}))
     except Exception as error:
-        raise ConfigError(f"runtime_env={job.runtime_env!r}: Ray refuses it: {error}") from error
+        raise ConfigError(f"runtime_env={setup.runtime_env!r}: Ray refuses it: {error}") from error
 
 
 def connect() -> None:
@@ -139,48 +207,6 @@ def connect() -> None:
         )
     if not ray.is_initialized():
         ray.init()
-
-
-def _stop(shell: Shell, spec: RunSpec, reason: str) -> None:
-    """Stop in order; interrupted once more, at once."""
-    try:
-        shell.stop(reason)
-        if shell.wait(spec.timeouts.stop + STOP_SLACK_SECONDS) is None:
-            logger.error("run %s could not be stopped in order; ending it at once", spec.run_id)
-            shell.abandon()
-            shell.wait(STOP_SLACK_SECONDS)
-    except (KeyboardInterrupt, SystemExit):
-        shell.abandon()
-        shell.wait(STOP_SLACK_SECONDS)
-
-
-def _result(shell: Shell, finish: Finish, spec: RunSpec, journal: str) -> RunResult:
-    if finish.outcome is Outcome.SUCCEEDED:
-        return RunResult(
-            values=tuple(shell.values),
-            run_id=spec.run_id,
-            world_size=finish.world_size,
-            generation=finish.generation,
-            restarts=finish.restarts,
-            journal=journal,
-            recoveries=finish.recoveries,
-        )
-    failures = {failure.rank: failure for failure in finish.failures if failure.rank is not None}
-    message = f"{finish.reason}\n{shell.shortage}" if shell.shortage else finish.reason
-    kind = PlacementTimeout if finish.outcome is Outcome.NO_ROOM else RunFailedError
-    error = kind(message, finish.root_cause, failures, spec.run_id, journal)
-    cause = _load_exception(shell.exception)
-    raise run_failed(error, cause) from cause
-
-
-def _load_exception(pickled: bytes | None) -> BaseException | None:
-    if pickled is None:
-        return None
-    try:
-        loaded = ray.cloudpickle.loads(pickled)
-    except (Exception, SystemExit):  # its class isn't importable in the driver
-        return None
-    return loaded if isinstance(loaded, BaseException) else None
 
 
 def _code_path() -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The shell: carries the coordinator's commands out, turns what comes of them into events, and never decides.
 
-Every event is numbered and written to the journal before the coordinator sees it. When the coordinator actor dies,
-Ray starts it anew, the shell sends it the journal, and goes on where it was; the workers don't notice.
+It serves one run, or the runs of a launcher. Every event is numbered and written to the journal before
+the coordinator sees it. When the coordinator actor dies, Ray starts it anew, the shell sends it the journal, and goes on
+where it was; the workers don't notice.
 
 Its asyncio loop lives in a thread of its own, so that `run` works in notebooks, threads, Ray tasks and actors.
 """
@@ -12,6 +13,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +25,13 @@ from raylaunch.cluster.background import Background
 from raylaunch.cluster.coordinator_actor import Behind
 from raylaunch.cluster.faults import ending_from
 from raylaunch.cluster.hands import Hands
+from raylaunch.cluster.run import Run
 from raylaunch.cluster.worker_actor import WorkerConfig
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.coordinator.machine import Decision
-from raylaunch.errors import ConfigError, InternalError
+from raylaunch.coordinator.phase import Phase
+from raylaunch.errors import ConfigError, InternalError, LauncherClosedError
 from raylaunch.journal import Journal
 from raylaunch.spec import RunSpec
 
@@ -47,12 +51,13 @@ EXCEPTION_SECONDS = 10.0
 
 
 class Shell:
-    """One run, from its first event to `Finish`."""
+    """One run from its first event to the last; or, `held`, a launcher's runs, one after the other."""
 
     def __init__(
-        self, spec: RunSpec, journal: Journal, coordinator: Any, config: WorkerConfig, runtime_env: Any
+        self, spec: RunSpec, journal: Journal, coordinator: Any, config: WorkerConfig, runtime_env: Any, *, held: bool
     ) -> None:
         self._spec = spec
+        self._held = held
         self._journal = journal
         self._coordinator = coordinator
         self._hands = hands = Hands(spec, config, runtime_env, self.post)
@@ -76,78 +81,140 @@ class Shell:
         self._main_task: asyncio.Task[None]
         self._alarm: asyncio.TimerHandle | None = None
         self._background = Background()
-        self._finish: do.Finish | None = None
+        self._deliveries = Background()
+        self._shortage = ""
+        self._run: Run | None = None  # the one that is going on
+        self._delivering: set[Run] = set()
+        self._queue: deque[Run] = deque()
+        self._released = False  # no further run begins
+        self._over = False
         self._error: BaseException | None = None
+        self._closing = threading.Lock()  # between the driver's threads and the end of the loop
+        self._closed = False
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"raylaunch-{spec.run_id}", daemon=True)
-        #: After the end: values by rank, and the culprit's exception, pickled.
-        self.values: list[Any] = []
-        self.exception: bytes | None = None
-        self.shortage = ""
+        self._thread = threading.Thread(target=self._work, name=f"raylaunch-{spec.run_id}", daemon=True)
 
     # -- called from the driver's own thread -------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the run."""
+        """Start the loop; a launcher begins to hold what its runs will need."""
         self._main_task = self._loop.create_task(self._main())
         self._thread.start()
 
-    def wait(self, seconds: float | None = None) -> do.Finish | None:
-        """Wait for the end; None when it has not come in time, or the run was abandoned.
+    def request(self, run: Run) -> None:
+        """Have a run made, after those that were requested before. Its future tells the rest."""
+        self._queue.append(run)
+        if not self._soon(self._next_run):
+            self._fail_all()
 
-        Raises `InternalError` for a bug of ours.
-        """
-        if not self._done.wait(seconds):
-            return None
-        self._thread.join()
-        if isinstance(self._error, asyncio.CancelledError):  # abandoned
-            return None
-        if isinstance(self._error, ConfigError):
-            raise self._error
-        if self._error is not None:
-            raise InternalError(f"the launcher itself failed: {self._error!r}; please report it") from self._error
-        return self._finish
+    def stop(self, run: Run, reason: str) -> None:
+        """Ask a run to end in order: the coordinator decides how. For the second time: at once."""
+        self._soon(self._post_stop, run, reason)
 
-    def stop(self, reason: str) -> None:
-        """Ask the run to end in order: the coordinator decides how. Thread-safe."""
-        if not self._done.is_set():
-            self._loop.call_soon_threadsafe(self._post_stop, reason)
-
-    def _post_stop(self, reason: str) -> None:
-        self.post(e.StopRequested(time.monotonic(), reason))
+    def release(self, reason: str) -> None:
+        """Hold nothing any more; a run that is going on is stopped, and none begins."""
+        self._soon(self._post_release, reason)
 
     def abandon(self) -> None:
-        """End everything at once, without asking the coordinator: it may be what hangs. Thread-safe."""
-        if not self._done.is_set():
-            self._loop.call_soon_threadsafe(self._main_task.cancel)
+        """End everything at once, without asking the coordinator: it may be what hangs."""
+        self._soon(self._main_task.cancel)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until everything is over and gone; whether that came in time."""
+        if not self._done.wait(seconds):
+            return False
+        self._thread.join()
+        return True
+
+    def _soon(self, call: Callable[..., Any], *args: Any) -> bool:
+        """Have this called on the loop; False when the loop has ended."""
+        with self._closing:
+            if not self._closed:
+                self._loop.call_soon_threadsafe(call, *args)
+            return not self._closed
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def _next_run(self) -> None:
+        while self._queue and self._run is None and not self._released:
+            run = self._queue.popleft()
+            if run.future.set_running_or_notify_cancel():
+                self._run, self._hands.run = run, run.config
+                self.post(e.RunRequested(time.monotonic(), run.spec))
+
+    def _post_stop(self, run: Run, reason: str) -> None:
+        if run is self._run:  # otherwise it has ended, and the next one is nobody's to stop
+            self.post(e.StopRequested(time.monotonic(), reason))
+
+    def _post_release(self, reason: str) -> None:
+        self._released = True
+        self.post(e.ReleaseRequested(time.monotonic(), reason))
+
+    def _finished(self, command: do.Finish) -> None:
+        run, self._run = self._run, None
+        assert run is not None, "what ends was requested"
+        self._delivering.add(run)
+        values = [self._hands.values.get(worker) for worker in command.workers]
+        shortage, self._shortage = self._shortage, ""
+        self._deliveries.start(self._deliver(run, command, values, shortage))
+        self._next_run()
+
+    async def _deliver(self, run: Run, finish: do.Finish, values: list[Any], shortage: str) -> None:
+        exception = await self._hands.exception_of(finish.culprit, EXCEPTION_SECONDS)
+        # In a thread of its own: it loads the user's exception, and calls what was added to the future.
+        await self._loop.run_in_executor(None, run.finish, finish, values, exception, shortage)
+        self._delivering.discard(run)
+
+    def _fail_all(self) -> None:
+        """After the end: nobody may wait for ever."""
+        error = self._why_over()
+        left = [self._run] if self._run is not None else []
+        left += self._delivering
+        while self._queue:
+            left.append(self._queue.popleft())
+        for run in left:
+            run.fail(error)
+
+    def _why_over(self) -> BaseException:
+        if self._error is None or isinstance(self._error, asyncio.CancelledError):
+            return LauncherClosedError(f"launcher {self._spec.run_id} has been left; nothing is held any more")
+        if isinstance(self._error, ConfigError):
+            return self._error
+        error = InternalError(f"the launcher itself failed: {self._error!r}; please report it")
+        error.__cause__ = self._error
+        return error
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         try:
             asyncio.set_event_loop(self._loop)
             self._loop.run_until_complete(self._main_task)
         except BaseException as error:  # whatever it is, the driver's thread must not wait for ever
             self._error = error
         finally:
+            with self._closing:
+                self._closed = True
             self._loop.close()
             self._journal.close()
+            self._fail_all()
             self._done.set()
 
     async def _main(self) -> None:
         try:
-            self.post(e.RunRequested(time.monotonic(), self._spec))
+            if self._held:
+                self.post(e.HoldRequested(time.monotonic(), self._spec))
             self._background.start(self._survey())
             self._background.start(self._listen_for_silence())
-            while self._finish is None:
+            while not self._over:
                 await self._wakeup.wait()
                 self._wakeup.clear()
                 if not ray.is_initialized():
                     raise ConfigError("ray.shutdown() was called under the run: its workers are gone with the session")
                 await self._handle_inbox()
-            self.values = [self._hands.values.get(worker) for worker in self._finish.workers]
-            self.exception = await self._hands.exception_of(self._finish.culprit, EXCEPTION_SECONDS)
+            await self._deliveries.finish(EXCEPTION_SECONDS)
         finally:
+            self._deliveries.cancel()
             self._background.cancel()
             if ray.is_initialized():  # or Ray 2.60 would start a new session for the first call
                 await self._hands.let_go()
@@ -173,7 +240,8 @@ class Shell:
                 isinstance(command, do.Finish) and command.outcome is do.Outcome.NO_ROOM
                 for command in decision.commands
             ):
-                self.shortage = await self._describe_shortage()  # before the groups are given back
+                self._shortage = await self._describe_shortage()  # before the groups are given back
+            self._over = decision.after is Phase.DONE
             for command in decision.commands:
                 self._carry_out[type(command)](command)
 
@@ -230,9 +298,6 @@ class Shell:
     async def _describe_shortage(self) -> str:
         groups = self._hands.placement_groups()
         return await self._loop.run_in_executor(None, placement.shortage, self._spec, groups)
-
-    def _finished(self, command: do.Finish) -> None:
-        self._finish = command
 
     # -- what Ray doesn't push ---------------------------------------------------------------------------------------
 

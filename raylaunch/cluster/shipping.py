@@ -15,6 +15,9 @@ from ray.cloudpickle import CloudPickler
 
 from raylaunch.worker import payload
 
+#: The pickle of a call, and the ObjectRefs in it.
+Packed = tuple[bytes, list[Any]]
+
 
 class _Pickler(CloudPickler):  # type: ignore[misc]
     """Cloudpickle, with references set aside."""
@@ -41,8 +44,8 @@ class _Unpickler(pickle.Unpickler):
 
 def pack(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None, no_retry: payload.NoRetry
-) -> tuple[bytes, list[Any]]:
-    """The function and its arguments, ready for the object store: the pickle, and the references in it.
+) -> Packed:
+    """The function and its arguments, ready for the object store.
 
     Raises `ConfigError`. Needs no connection to Ray, so that what can't be pickled is refused before anything starts.
     """

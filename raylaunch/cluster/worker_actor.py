@@ -52,14 +52,13 @@ GENTLE = 4
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What every worker of a run is given when it starts."""
+    """What every worker is given when it starts, before it is known which run it will serve."""
 
-    run_id: str
-    #: Random: marks the run's processes, whatever run ids are about in the environment.
+    #: The run's id, or the launcher's name.
+    name: str
+    #: Random: marks the workers' processes, whatever run ids are about in the environment.
     token: str
     coordinator: Any
-    #: The pickled function; in a tuple, or Ray would fetch it before the worker starts.
-    payload: tuple[Any]
     #: Where the driver finds its own code; used after everything else, where the path is there on the node too.
     code_path: tuple[str, ...]
     copied_env: dict[str, str]
@@ -69,9 +68,18 @@ class WorkerConfig:
     use_gpu: bool
     virtual_local_rank: bool
     backend: str | None
-    max_restarts: int
     lease: float
     process_group_seconds: float
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a worker is told of its run when it becomes a rank."""
+
+    run_id: str
+    #: A reference to the pickled function. Inside this object, so that Ray hands on the reference itself.
+    payload: Any
+    max_restarts: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class WorkerActor:
         # Before anything imports torch: OMP_NUM_THREADS is read there.
         os.environ.update(
             worker_env.spare_env(
-                run_id=config.run_id,
+                run_id=config.name,
                 copied=config.copied_env,
                 env=config.env,
                 cpus_per_worker=config.cpus_per_worker,
@@ -112,7 +120,7 @@ class WorkerActor:
         )
         os.environ["RAYLAUNCH_TOKEN"] = f"{config.token}-{worker}"
         sys.path += [path for path in config.code_path if path not in sys.path and os.path.isdir(path)]
-        self._last_words = LastWords(last_words_directory(config.run_id))
+        self._last_words = LastWords(last_words_directory(config.name))
         self._store: Any = None
         self._call: Callable[[], Any] | None = None
         self._no_retry: NoRetry = ()
@@ -158,7 +166,7 @@ class WorkerActor:
     def answer(self) -> None:
         """Answer the roll call."""
 
-    def join(self, assignment: Assignment) -> Ending | None:
+    def join(self, assignment: Assignment, run: RunConfig) -> Ending | None:
         """Become a rank: environment, device, function, process group. None, or how it failed."""
         config = self._config
         ending = threading.Thread(target=_end_predecessors, args=(assignment.predecessors,), daemon=True)
@@ -168,16 +176,16 @@ class WorkerActor:
         os.environ.update(
             worker_env.rank_env(
                 assignment,
-                run_id=config.run_id,
-                max_restarts=config.max_restarts,
-                error_file=os.path.join(last_words_directory(config.run_id), f"error-{os.getpid()}.json"),
+                run_id=run.run_id,
+                max_restarts=run.max_restarts,
+                error_file=os.path.join(last_words_directory(config.name), f"error-{os.getpid()}.json"),
                 virtual_local_rank=config.virtual_local_rank,
                 use_gpu=config.use_gpu,
             )
         )
-        enter_context(self._context(assignment))
+        enter_context(self._context(assignment, run))
         try:
-            self._call, self._no_retry = unpack(config.payload[0])
+            self._call, self._no_retry = unpack(run.payload)
             process_group.join(
                 assignment,
                 backend=config.backend,
@@ -235,7 +243,7 @@ class WorkerActor:
         self._terminated = True
         raise Terminated(128 + signal.SIGTERM)
 
-    def _context(self, assignment: Assignment) -> Context:
+    def _context(self, assignment: Assignment, run: RunConfig) -> Context:
         config = self._config
         return Context(
             rank=assignment.rank,
@@ -243,10 +251,10 @@ class WorkerActor:
             world_size=assignment.world_size,
             local_world_size=assignment.local_world_size,
             node_rank=assignment.node_rank,
-            run_id=config.run_id,
+            run_id=run.run_id,
             generation=assignment.generation,
             restart_count=assignment.restart_count,
-            max_restarts=config.max_restarts,
+            max_restarts=run.max_restarts,
             device=process_group.device_of(
                 assignment, use_gpu=config.use_gpu, virtual_local_rank=config.virtual_local_rank
             ),
