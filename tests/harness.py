@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -102,10 +103,11 @@ def leftovers(log_dir: Path) -> list[str]:
         for line in journal_lines(journal):
             if line.get("event") == "WorkerStarted" and _same_process(line["pid"], line["pid_started"]):
                 left.append(f"worker process {line['pid']}")
-        wanted = f"RAYLAUNCH_RUN_ID={journal.parent.name}"
+        wanted = re.compile(rf"^RAYLAUNCH_RUN_ID={re.escape(journal.parent.name)}(-\d+)?$")  # a launcher's runs too
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if wanted in Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0"):
+                environment = Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0")
+                if any(map(wanted.match, environment)):
                     left.append(f"process {process.pid} with the run's environment: {process.cmdline()}")
     left += [str(actor) for actor in ray.util.list_named_actors(all_namespaces=True) if "raylaunch" in str(actor)]
     for info in placement_group_table().values():

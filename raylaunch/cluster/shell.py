@@ -1,8 +1,8 @@
 """The shell: carries the coordinator's commands out, turns what comes of them into events, and never decides.
 
-It serves one run, or the runs of a launcher. Every event is numbered and written to the journal before
-the coordinator sees it. When the coordinator actor dies, Ray starts it anew, the shell sends it the journal, and goes on
-where it was; the workers don't notice.
+It serves one run, or those of a launcher. Every event is numbered and written to the journal before the coordinator
+sees it. When the coordinator actor dies, Ray starts it anew, the shell sends it the journal, and goes on where it was;
+the workers don't notice.
 
 Its asyncio loop lives in a thread of its own, so that `run` works in notebooks, threads, Ray tasks and actors.
 """
