@@ -253,6 +253,10 @@ class Launcher:
         """Wait for what was submitted, unless an exception leaves the block; then release everything."""
         session, self._session, self._left = self._session, None, True
         assert session is not None, "what is left was entered"
-        with session:
+        try:
             if kind is None:
                 futures.wait([run.future for run in self._requested])
+        except BaseException as interrupt:
+            session.__exit__(type(interrupt), interrupt, interrupt.__traceback__)
+            raise
+        session.__exit__(kind, error, trace)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -14,6 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -142,17 +144,20 @@ class Session:
             return run.future.result()
         except BaseException as interrupt:
             if not run.future.done():
-                self._stop(run, f"{type(interrupt).__name__} in the driver")
+                self._stop(run, interrupt)
             raise
 
-    def _stop(self, run: Run, reason: str) -> None:
+    def _stop(self, run: Run, interrupt: BaseException) -> None:
         """Stop a run in order; interrupted once more, at once."""
         if run.future.cancel():  # it had not begun
             return
+        reason = f"{type(interrupt).__name__} in the driver"
         try:
+            _call_off_abort(interrupt)
             self._shell.stop(run, reason)
             ended = _ends(run, self._spec.timeouts.stop + STOP_SLACK_SECONDS)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as second:
+            _call_off_abort(second)
             self._shell.stop(run, f"{reason}, once more")
             ended = _ends(run, AT_ONCE_SECONDS)
         if not ended:
@@ -162,14 +167,18 @@ class Session:
     def __enter__(self) -> Session:  # noqa: PYI034 - Self is of Python 3.11
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Release everything, and see that it is gone. Interrupted, at once."""
         try:
+            _call_off_abort(error)
             self._shell.release("it was left")
             if not self._shell.wait(self._spec.timeouts.stop + STOP_SLACK_SECONDS):
                 logger.error("%s could not be released in order; ending it at once", self._spec.run_id)
                 self._abandon()
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            _call_off_abort(interrupt)
             self._abandon()
             raise
 
@@ -207,6 +216,16 @@ def connect() -> None:
         )
     if not ray.is_initialized():
         ray.init()
+
+
+def _call_off_abort(interrupt: BaseException | None) -> None:
+    """Let a driver live that was told to end.
+
+    Ray's C++ side (2.60) sees a SIGTERM before Python does, and sets an alarm that aborts the process three seconds
+    later, whatever it still has to do (`alarm_on_failure_secs` of Abseil's failure signal handler).
+    """
+    if isinstance(interrupt, SystemExit):
+        signal.alarm(0)
 
 
 def _code_path() -> tuple[str, ...]:
