@@ -17,9 +17,9 @@ class RunResult(Sequence[Any]):
         values: the return values, by rank.
         run_id: the run.
         world_size: how many workers the last generation had.
-        generation: its number; 1 when nothing happened.
+        generation: its number; 1 when nothing happened. In a launcher it goes on rising from run to run.
         restarts: how many failures were charged to `max_restarts`.
-        journal: path of the run's journal.
+        journal: path of the run's journal, or its launcher's.
         recoveries: for each re-formation after a failure: its cause, the seconds it took, the new world size.
     """
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -109,6 +110,26 @@ def test_every_argument_of_run_is_documented_with_its_default() -> None:
             assert default == "the list below"
         else:
             assert default == f"`{actual!r}`", name
+
+
+def test_a_launcher_and_its_runs_have_the_arguments_of_run() -> None:
+    """Each stands in one of the two places, with the same default, and in the documentation."""
+
+    def parameters(of: Callable[..., object]) -> dict[str, inspect.Parameter]:
+        return {name: one for name, one in inspect.signature(of).parameters.items() if name != "self"}
+
+    of_run = parameters(raylaunch.run)
+    of_run["name"] = of_run.pop("run_id")
+    of_launcher, of_its_runs = parameters(raylaunch.Launcher), parameters(raylaunch.Launcher.run)
+    assert parameters(raylaunch.Launcher.submit) == of_its_runs
+    both = {**of_launcher, **of_its_runs}
+    assert len(of_launcher) + len(of_its_runs) == len(both)
+    assert set(both) == set(of_run)
+    assert [name for name in both if both[name].default != of_run[name].default] == []
+    documented = rows(DOCS / "configuration.md", "## `raylaunch.Launcher`")
+    for where, those in zip(documented, (of_launcher, of_its_runs), strict=True):
+        names = re.findall(r"`(\w+)`", documented[where][0].replace("in place of `run_id`", ""))
+        assert set(names) == set(those), where
 
 
 def test_every_pattern_of_copied_variables_is_documented() -> None:

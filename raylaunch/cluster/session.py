@@ -133,6 +133,8 @@ class Session:
 
     def request(self, packed: Packed, run_id: str, max_restarts: int) -> Run:
         """Have a run made, after those that were requested before."""
+        if not ray.is_initialized():  # or Ray 2.60 would start a new session for the first call
+            raise ConfigError("ray.shutdown() was called under the launcher: its workers are gone with the session")
         spec = replace(self._spec, run_id=run_id, max_restarts=max_restarts)
         run = Run(spec, RunConfig(run_id, ray.put(packed), max_restarts), self._journal)
         self._shell.request(run)
@@ -173,7 +175,7 @@ class Session:
         """Release everything, and see that it is gone. Interrupted, at once."""
         try:
             _call_off_abort(error)
-            self._shell.release("it was left")
+            self._shell.release("the launcher was left")
             if not self._shell.wait(self._spec.timeouts.stop + STOP_SLACK_SECONDS):
                 logger.error("%s could not be released in order; ending it at once", self._spec.run_id)
                 self._abandon()
