@@ -124,12 +124,12 @@ def test_runs_that_fail_are_followed_by_one_with_its_full_budget(two_nodes, laun
         assert groups(held) == reserved
 
 
+@pytest.mark.slow
 def test_a_run_in_a_launcher_for_which_there_is_no_room_fails_alone(two_nodes, launcher):
-    at_once = Timeouts(placement=0)
     with contextlib.ExitStack() as room:
         big = room.enter_context(launcher(num_workers=4))
         assert len(big.run(who)) == 4
-        with launcher(timeouts=at_once) as small:
+        with launcher(timeouts=Timeouts(placement=5)) as small:
             with pytest.raises(raylaunch.PlacementTimeout, match="wanted: 2 x"):
                 small.run(who)
             room.close()
@@ -225,6 +225,7 @@ def test_a_spare_and_the_coordinator_that_die_between_the_runs_cost_the_next_one
         assert (result.restarts, result.generation) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_between_the_runs_costs_the_next_one_nothing(two_nodes, launcher, tmp_path):
     with launcher(num_workers=2, placement_strategy="SPREAD") as held:
         assert len(held.run(who, max_restarts=0)) == 2
@@ -282,6 +283,7 @@ with raylaunch.Launcher(num_workers=2, name=run_id, log_dir=log_dir) as launcher
     assert len(requests) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_block_is_left_releases_everything(drive):
     driver = drive("""
 def train():
