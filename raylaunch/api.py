@@ -174,7 +174,7 @@ class Launcher:
         self._session: Session | None = None
         self._left = False
         self._numbers = itertools.count(1)
-        self._requested: list[Run] = []
+        self._requested: set[Run] = set()
 
     @spelling_checked
     def run(
@@ -235,7 +235,8 @@ class Launcher:
         allowed = budget(max_restarts)
         packed = Job(train_fn, args, kwargs, no_retry).pack()
         run = session.request(packed, f"{self.name}-{next(self._numbers)}", allowed)
-        self._requested = [*(earlier for earlier in self._requested if not earlier.future.done()), run]
+        self._requested.add(run)
+        run.future.add_done_callback(lambda _: self._requested.discard(run))
         return run, session
 
     def __enter__(self) -> Launcher:  # noqa: PYI034 - Self is of Python 3.11
@@ -255,7 +256,7 @@ class Launcher:
         assert session is not None, "what is left was entered"
         try:
             if kind is None:
-                futures.wait([run.future for run in self._requested])
+                futures.wait([run.future for run in list(self._requested)])
         except BaseException as interrupt:
             session.__exit__(type(interrupt), interrupt, interrupt.__traceback__)
             raise

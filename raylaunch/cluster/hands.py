@@ -82,8 +82,8 @@ class Hands:
         self._background = Background()
         self._releases = Background()
         self.values: dict[int, Any] = {}
-        #: What is told to those that become ranks: the run that is going on.
-        self.run: RunConfig
+        #: What is told to those that become ranks: of the run that is going on.
+        self.run: RunConfig | None = None
         self._closing = False
 
     # -- placement groups --------------------------------------------------------------------------------------------

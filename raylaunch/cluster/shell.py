@@ -133,7 +133,7 @@ class Shell:
                 self._loop.call_soon_threadsafe(call, *args)
             return not self._closed
 
-    # -- runs ----------------------------------------------------------------------------------------------------------
+    # -- runs --------------------------------------------------------------------------------------------------------
 
     def _next_run(self) -> None:
         while self._queue and self._run is None and not self._released:
@@ -155,6 +155,8 @@ class Shell:
         assert run is not None, "what ends was requested"
         self._delivering.add(run)
         values = [self._hands.values.get(worker) for worker in command.workers]
+        self._hands.values.clear()  # a launcher may be idle for long: what a run was given and gave is the user's
+        self._hands.run = None
         shortage, self._shortage = self._shortage, ""
         self._deliveries.start(self._deliver(run, command, values, shortage))
         self._next_run()
@@ -192,6 +194,8 @@ class Shell:
             self._loop.run_until_complete(self._main_task)
         except BaseException as error:  # whatever it is, the driver's thread must not wait for ever
             self._error = error
+            if self._run is None and not isinstance(error, asyncio.CancelledError):  # otherwise its caller is told
+                logger.exception("the launcher itself failed")
         finally:
             with self._closing:
                 self._closed = True

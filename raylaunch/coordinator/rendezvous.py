@@ -172,6 +172,7 @@ def _renew(c: Coordinator, why: str) -> None:
     """Release everything and ask anew, once."""
     g = c.gathering
     g.renewed = True
+    _account(c, "")  # while nothing is asked for, the cluster lacks nothing
     low, high = RENEWAL_PAUSE_SECONDS
     share = (
         zlib.crc32(c.spec.run_id.encode()) % 1000 / 1000

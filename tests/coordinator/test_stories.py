@@ -229,6 +229,19 @@ def test_workers_that_hang_while_they_start_are_replaced_and_charged_and_end_the
     assert story.finish.root_cause.phase == "starting"
 
 
+def test_the_pause_before_everything_is_asked_for_anew_is_no_lack_of_room():
+    story = Story(2, spares=0, timeouts={"placement": 4}).run("a", "b")
+    story.send(e.NodeLost, "b")
+    story.start()
+    while not story.new(c.RequestBundles):
+        story.wait(0.1)
+    assert story.new(c.ReleaseBundles)
+    story.wait(1.8)
+    assert story.phase is Phase.RENDEZVOUS
+    story.wait(0.4)
+    assert story.finish.outcome is Outcome.NO_ROOM
+
+
 def test_a_process_group_that_never_forms_is_given_up_and_tried_again():
     story = Story(2, timeouts={"start": 10, "process_group": 20})
     story.place(1, "a", "b")
