@@ -39,7 +39,7 @@ _HARMLESS = frozenset({"add_node", "slow", "repeat", "stubborn", "coordinator_di
 #: After these a seat may stay without a ready worker while training goes on.
 _SPOILS_GROWTH = frozenset({"start_fails", "start_hangs", "cannot_work"})
 #: Who can't wait may take these for a lack of room.
-_DOUBTS = frozenset({"slow", "cut", "freeze", "freeze_node"})
+_DOUBTS = frozenset({"slow", "cut", "freeze", "freeze_node", "lose_node", "lose_two_nodes"})
 #: These hit one run and nothing else, and the next one knows nothing of it.
 _OF_ONE_RUN = frozenset(
     {"kill", "raise_error", "raise_everywhere", "fatal", "exit", "return_early", "stop", "stop_now"}
