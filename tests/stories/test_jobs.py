@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import journal_lines
+from harness import eventually, journal_lines
 from jobs import Job, JobCluster
 
 modes = [pytest.param(True, id="token"), pytest.param(False, id="no-token", marks=pytest.mark.slow)]
@@ -167,3 +167,29 @@ def test_the_example_for_clusters_succeeds_as_a_job(cluster, tmp_path):
     assert "journal" in job.log()
     assert (checkpoints / "checkpoint.pt").exists()
     nothing_is_left(job, until)
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_head_node_ends_the_run_on_the_other_nodes_too(tmp_path):
+    seconds = 10  # Ray's nodes wait 60 for their head by default
+    cluster = JobCluster(token=True, RAY_gcs_rpc_server_reconnect_timeout_s=str(seconds))
+    try:
+        cluster.add_node()
+        run = """
+raylaunch.run(
+    train, num_workers=2, workers_per_node=1, spares=1, run_id=run_id, log_dir=log_dir,
+    timeouts=raylaunch.Timeouts(lease=4),
+)
+"""
+        job = Job(cluster, tmp_path, f"deaf, saving = True, 0\n{TRAIN}{run}")
+        job.submit_by_sdk()
+        job.wait_for("port-0")
+        job.wait_for("port-1")
+        cluster.kill_head()
+        assert any("ray::WorkerActor" in one for one in job.processes())  # the other node's
+
+        # The other node has lost everybody who could end its rank: it ends itself, by its lease.
+        eventually(lambda: not any("ray::WorkerActor" in one for one in job.processes()), "the ranks are gone", 20)
+        eventually(lambda: not job.processes(), "all of the run is gone", seconds + 20)
+    finally:
+        cluster.end()
