@@ -140,6 +140,16 @@ def test_job_stop_in_mid_run_leaves_nothing_though_a_rank_ignores_sigterm(cluste
 
 
 @pytest.mark.slow
+def test_job_stop_while_the_run_waits_for_room_leaves_nothing(cluster, tmp_path):
+    run = "raylaunch.run(time.sleep, args=(0,), num_workers=9, spares=0, run_id=run_id, log_dir=log_dir)\n"
+    job = Job(cluster, tmp_path, run)
+    job.submit_by_sdk()
+    eventually(lambda: "placement group" in str(job.leftovers()), "the run asks for room")
+    nothing_is_left(job, stop(job))
+    assert job.ended()["status"] == "STOPPED"
+
+
+@pytest.mark.slow
 def test_job_stop_waits_for_ranks_that_save_as_long_as_the_job_says(cluster, tmp_path):
     job = Job(cluster, tmp_path, f"deaf, saving, stop = False, 5, 20\n{TRAIN}{RUN}")
     job.runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] = "30"
