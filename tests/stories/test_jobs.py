@@ -15,6 +15,10 @@ from jobs import Job, JobCluster
 modes = [pytest.param(True, id="token"), pytest.param(False, id="no-token", marks=pytest.mark.slow)]
 
 
+#: For stories in which tokens make no difference.
+only_once = pytest.mark.parametrize("cluster", [True], indirect=True, ids=["token"])
+
+
 @pytest.fixture(scope="module", params=modes)
 def cluster(request):
     cluster = JobCluster(token=request.param)
@@ -140,6 +144,7 @@ def test_job_stop_in_mid_run_leaves_nothing_though_a_rank_ignores_sigterm(cluste
 
 
 @pytest.mark.slow
+@only_once
 def test_job_stop_while_the_run_waits_for_room_leaves_nothing(cluster, tmp_path):
     run = "raylaunch.run(time.sleep, args=(0,), num_workers=9, spares=0, run_id=run_id, log_dir=log_dir)\n"
     job = Job(cluster, tmp_path, run)
@@ -150,6 +155,7 @@ def test_job_stop_while_the_run_waits_for_room_leaves_nothing(cluster, tmp_path)
 
 
 @pytest.mark.slow
+@only_once
 def test_job_stop_waits_for_ranks_that_save_as_long_as_the_job_says(cluster, tmp_path):
     job = Job(cluster, tmp_path, f"deaf, saving, stop = False, 5, 20\n{TRAIN}{RUN}")
     job.runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] = "30"
@@ -167,7 +173,7 @@ def test_the_example_for_clusters_succeeds_as_a_job(cluster, tmp_path):
     job = Job(cluster, tmp_path, "")
     job.code = Path(__file__).parents[2] / "examples"
     checkpoints = tmp_path / "checkpoints"
-    job.entrypoint[1:] = ["on_a_cluster.py", "--workers=1:2", "--per-node=1", f"--checkpoints={checkpoints}"]
+    job.entrypoint[1:] = ["on_a_cluster.py", "--workers=1:2", "--steps=100", f"--checkpoints={checkpoints}"]
     job.submit_by_sdk()
     info = job.ended()
     until = time.monotonic() + 10
