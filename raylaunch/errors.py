@@ -190,6 +190,8 @@ class RunFailedError(RaylaunchError):
             rank = self.root_cause.rank
             who = "a worker without a rank" if rank is None else f"rank {rank}"
             lines += ["", f"Remote traceback of {who}:", self.root_cause.ending.traceback.rstrip()]
+            # Once more, where it is read: Ray's job server (2.60) keeps ten lines of a failed job's log as its message.
+            lines += ["", f"root cause: {self.root_cause.describe()}"]
         if self.journal:
             lines += ["", f"journal: {self.journal}"]
         return "\n".join(lines)

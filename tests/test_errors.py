@@ -79,6 +79,24 @@ def test_the_error_is_also_of_the_causes_type_and_pickles(cause):
     assert again.failures == {2: FAILURE}
 
 
+def test_the_errors_last_lines_name_the_root_cause_however_long_the_traceback_is():
+    trace = "".join(f"  File {line}\n" for line in range(100))
+    failure = Failure(
+        Ending(EndKind.RAISED, error_type="ValueError", message="no column", traceback=trace),
+        rank=2,
+        node="3f2a" * 10,
+        pid=71,
+        phase="running",
+    )
+    lines = str(RunFailedError("it failed", failure, {2: failure}, "r1", "/j")).splitlines()
+    assert lines[0] == "it failed"
+    assert lines[-3:] == [
+        "root cause: rank 2 (node 3f2a3f2a, pid 71) raised ValueError: no column while running",
+        "",
+        "journal: /j",
+    ]
+
+
 @pytest.mark.parametrize("cause", [SystemExit(3), KeyboardInterrupt(), StopIteration(1), StopAsyncIteration(), Final()])
 def test_control_flow_and_types_that_can_not_be_bases_fall_back_to_the_plain_error(cause):
     error = failed(cause)

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 
@@ -29,8 +30,10 @@ from raylaunch.worker.processes import (
     ending_from_status,
     forget_last_words,
     read_last_words,
-    started_with,
+    start_time,
+    strays,
 )
+from raylaunch.worker.sweeper import start_sweeper
 
 #: How long the kernel is asked how a process ended, in seconds.
 EXPLAIN_SECONDS = 1.0
@@ -73,6 +76,9 @@ class NodeAgent:
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
+        self._sweeper = start_sweeper(token, self._directory, raylet)
+        threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
 
     async def watch(self, worker: int, process: Process) -> bool:
         """Hold on to a worker's process; False where this node doesn't let us (no descriptors left, no pidfds)."""
@@ -117,7 +123,8 @@ class NodeAgent:
     async def end(self, seconds: float) -> list[int]:
         """End everything of the run on this node, bounded; returns the pids that would not go."""
         loop = asyncio.get_running_loop()
-        left = [*self._processes.values(), *await loop.run_in_executor(None, started_with, f"{self._token}-")]
+        found = await loop.run_in_executor(None, strays, self._token, self._directory)
+        left = [*self._processes.values(), *(process for process, _ in found)]
         ended = await asyncio.gather(*(loop.run_in_executor(None, end_process, one, seconds) for one in left))
         shutil.rmtree(self._directory, ignore_errors=True)
         return [process.pid for process, gone in zip(left, ended, strict=True) if not gone]
@@ -137,16 +144,17 @@ class NodeAgent:
         self._ended.set()
         if watch.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(watch.fileno())
-        for work in (self._explain(worker, watch, process), self._end_children(worker)):
+        for work in (self._explain(worker, watch, process), self._end_strays(process)):
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _end_children(self, worker: int) -> None:
+    async def _end_strays(self, worker: Process) -> None:
         """End what a worker has left behind: Ray 2.60 reaches its children only in its own process group."""
         loop = asyncio.get_running_loop()
-        for process in await loop.run_in_executor(None, started_with, f"{self._token}-{worker}"):
-            await loop.run_in_executor(None, end_process, process, CHILD_SECONDS)
+        for process, parent in await loop.run_in_executor(None, strays, self._token, self._directory):
+            if parent == worker:
+                await loop.run_in_executor(None, end_process, process, CHILD_SECONDS)
 
     async def _explain(self, worker: int, watch: Watch, process: Process) -> None:
         ending = read_last_words(self._directory, process)
@@ -173,3 +181,11 @@ class NodeAgent:
         killed = worker in self._killed or ending.message == REPLACED
         self._deaths.append(Death(worker, ending, killed))
         self._changed.set()
+
+
+def _go_with(raylet: Process) -> None:
+    """End this process when the raylet is gone, as Ray 2.60 does not for an actor with asyncio. The sweeper goes on."""
+    with Watch(raylet) as watch:
+        while not watch.wait(3600):
+            pass
+    os._exit(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -109,7 +110,7 @@ def launch(spec: RunSpec, job: Job) -> RunResult:
         shell.start()
         finish = shell.wait()
     except BaseException as interrupt:  # Ctrl-C, SIGTERM (Ray makes it a SystemExit), a notebook's interrupt
-        _stop(shell, spec, f"{type(interrupt).__name__} in the driver")
+        _stop(shell, spec, interrupt)
         raise
     assert finish is not None, "a wait without a limit ends with the run"
     return _result(shell, finish, spec, journal.path)
@@ -141,17 +142,29 @@ def connect() -> None:
         ray.init()
 
 
-def _stop(shell: Shell, spec: RunSpec, reason: str) -> None:
+def _stop(shell: Shell, spec: RunSpec, interrupt: BaseException) -> None:
     """Stop in order; interrupted once more, at once."""
     try:
-        shell.stop(reason)
+        _call_off_abort(interrupt)
+        shell.stop(f"{type(interrupt).__name__} in the driver")
         if shell.wait(spec.timeouts.stop + STOP_SLACK_SECONDS) is None:
             logger.error("run %s could not be stopped in order; ending it at once", spec.run_id)
             shell.abandon()
             shell.wait(STOP_SLACK_SECONDS)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as second:
+        _call_off_abort(second)
         shell.abandon()
         shell.wait(STOP_SLACK_SECONDS)
+
+
+def _call_off_abort(interrupt: BaseException) -> None:
+    """Let a driver live that was told to end.
+
+    Ray's C++ side (2.60) sees a SIGTERM before Python does, and sets an alarm that aborts the process three seconds
+    later, whatever it still has to do (`alarm_on_failure_secs` of Abseil's failure signal handler).
+    """
+    if isinstance(interrupt, SystemExit):
+        signal.alarm(0)
 
 
 def _result(shell: Shell, finish: Finish, spec: RunSpec, journal: str) -> RunResult:

@@ -37,7 +37,7 @@ from raylaunch.version import __version__
 from raylaunch.worker import env as worker_env
 from raylaunch.worker import process_group
 from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_function
-from raylaunch.worker.processes import REPLACED, LastWords, end_process, start_time
+from raylaunch.worker.processes import REPLACED, LastWords, end_process, start_time, token_of
 
 #: Why a worker ends itself that is told by its pulse that it should not be there any more: no cause of anything.
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
@@ -110,7 +110,8 @@ class WorkerActor:
                 host=self._host,
             )
         )
-        os.environ["RAYLAUNCH_TOKEN"] = f"{config.token}-{worker}"
+        self._process = Process(os.getpid(), start_time(os.getpid()) or 0)
+        os.environ["RAYLAUNCH_TOKEN"] = token_of(config.token, self._process)
         sys.path += [path for path in config.code_path if path not in sys.path and os.path.isdir(path)]
         self._last_words = LastWords(last_words_directory(config.run_id))
         self._store: Any = None
@@ -125,9 +126,7 @@ class WorkerActor:
 
     def hello(self) -> Hello:
         """Where this process is."""
-        pid = os.getpid()
-        node = ray.get_runtime_context().get_node_id()
-        return Hello(node, self._host, Process(pid, start_time(pid) or 0), versions())
+        return Hello(ray.get_runtime_context().get_node_id(), self._host, self._process, versions())
 
     def warm(self, *, gently: bool) -> Warm | Ending:
         """Import what train_fn will need, and open the store that the group may use. Touches no GPU."""

@@ -43,6 +43,8 @@ _FATAL = {
     "Floating point exception": _signal.SIGFPE,
     "Floating-point exception": _signal.SIGFPE,
 }
+#: The name of a file of last words: pid, start time.
+_LAST_WORDS = re.compile(r"(\d+)-(\d+)\.txt")
 #: How much is read of a file of last words, and of a process's environment, in bytes.
 _LAST_WORDS_LIMIT = 100_000
 #: Why a process left that is no more wanted.
@@ -169,27 +171,60 @@ def end_process(process: Process, seconds: float, *, patience: float = 0.0) -> b
         return watch.wait(seconds)
 
 
-def started_with(token: str) -> list[Process]:
-    """Processes of this user that were started with RAYLAUNCH_TOKEN=`token`, or one that begins so if it ends in "-".
+def token_of(token: str, worker: Process) -> str:
+    """What a worker sets RAYLAUNCH_TOKEN to, so that what it starts can be told from everything else on the node."""
+    return f"{token}-{worker.pid}-{worker.started}"
 
-    This one is left out. /proc shows the environment that a program was started with. A Python process that set the
-    variable itself, as a worker does, is therefore not found, nor are its forks; the programs that they start are.
+
+def strays(token: str, directory: str) -> list[tuple[Process, Process]]:
+    """What the workers of a run have started here and still lives, each with the worker that it came from.
+
+    Programs show the worker's RAYLAUNCH_TOKEN in the environment that they were started with. Forks don't (/proc shows
+    the environment of the last exec, and a worker sets the variable itself), but hold its file of last words open.
     """
-    wanted = f"\0RAYLAUNCH_TOKEN={token}".encode() + (b"" if token.endswith("-") else b"\0")
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         pid = int(entry.name)
         started = start_time(pid)
-        try:
-            with (entry / "environ").open("rb") as file:
-                matches = wanted in b"\0" + file.read(_ENVIRON_LIMIT)
-        except OSError:  # gone meanwhile, or somebody else's
-            continue
-        if matches and started is not None and started == start_time(pid):
-            found.append(Process(pid, started))
+        worker = _started_by(entry, token) or _forked_from(entry, directory)
+        if worker is not None and worker.pid != pid and started is not None and started == start_time(pid):
+            found.append((Process(pid, started), worker))
     return found
+
+
+def _started_by(entry: Path, token: str) -> Process | None:
+    try:
+        with (entry / "environ").open("rb") as file:
+            environ = b"\0" + file.read(_ENVIRON_LIMIT)
+    except OSError:  # gone meanwhile, or somebody else's
+        return None
+    found = re.search(rb"\0RAYLAUNCH_TOKEN=%s-(\d+)-(\d+)\0" % re.escape(token.encode()), environ)
+    return Process(int(found[1]), int(found[2])) if found else None
+
+
+def _forked_from(entry: Path, directory: str) -> Process | None:
+    try:
+        for descriptor in (entry / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                # Forgotten already: Linux adds a word.
+                folder, _, name = os.readlink(descriptor).removesuffix(" (deleted)").rpartition("/")
+                found = _LAST_WORDS.fullmatch(name)
+                if folder == directory and found:
+                    return Process(int(found[1]), int(found[2]))
+    except OSError:  # gone meanwhile, or somebody else's
+        pass
+    return None
+
+
+def workers_in(directory: str) -> list[Process]:
+    """The processes that have a file of last words there, living or not."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [Process(int(found[1]), int(found[2])) for name in names if (found := _LAST_WORDS.fullmatch(name))]
 
 
 class LastWords:

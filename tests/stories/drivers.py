@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,16 @@ def say(name, text=""):
 class Driver:
     """A script that runs as a driver on a cluster, which it finds as scripts do: by RAY_ADDRESS."""
 
-    def __init__(self, cluster: Any, folder: Path, script: str, *, name: str = "driver", **environment: str) -> None:
+    def __init__(
+        self,
+        cluster: Any,
+        folder: Path,
+        script: str,
+        *,
+        name: str = "driver",
+        arguments: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         self.cluster = cluster
         self.run_id = f"{name}-{os.getpid()}-{folder.name.replace('_', '-')}"[:60]
         self.gates = folder / name
@@ -44,7 +54,7 @@ class Driver:
         self._said = self.gates / "output.txt"
         with self._said.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(path), str(self.gates), str(self.log_dir), self.run_id],
+                [sys.executable, str(path), str(self.gates), str(self.log_dir), self.run_id, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -50,7 +50,7 @@ def longest_gap(steps: Path) -> float:
     return max(later - earlier for earlier, later in pairwise(times))
 
 
-@pytest.mark.parametrize("kills", [1, 2])
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_while_the_group_trains_not_a_step_is_missed(one_node, start, gate, kills):
     gate("steps").mkdir()
     run = start(step_until, args=(gate("enough"), gate("steps")), num_workers=2)

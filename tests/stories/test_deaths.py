@@ -79,13 +79,13 @@ HARM = {
     ("harm", "told"),
     [
         ("raise", "raised ValueError: no such column"),
-        ("required arguments", "NeedsArguments: 5: because"),
-        ("unpicklable", "HoldsALock: holds a lock"),
-        ("KeyboardInterrupt", "raised KeyboardInterrupt"),
-        ("sys.exit(3)", "exited with code 3"),
+        pytest.param("required arguments", "NeedsArguments: 5: because", marks=pytest.mark.slow),
+        pytest.param("unpicklable", "HoldsALock: holds a lock", marks=pytest.mark.slow),
+        pytest.param("KeyboardInterrupt", "raised KeyboardInterrupt", marks=pytest.mark.slow),
+        pytest.param("sys.exit(3)", "exited with code 3", marks=pytest.mark.slow),
         ("os._exit(7)", "exited with code 7"),
         ("SIGKILL", "killed by SIGKILL"),
-        ("SIGTERM", "killed by SIGTERM"),
+        pytest.param("SIGTERM", "killed by SIGTERM", marks=pytest.mark.slow),
         ("SIGSEGV", "killed by SIGSEGV"),
     ],
 )

@@ -191,6 +191,25 @@ def test_sigterm_stops_the_run_in_order_and_ends_the_script(one_node, drive):
     nothing_is_left(driver.log_dir)
 
 
+def test_sigterm_leaves_ranks_the_time_that_timeouts_stop_promises(one_node, drive):
+    driver = drive("""
+def train():
+    say("up")
+    try:
+        wait_for("never")
+    finally:
+        time.sleep(4)  # Ray 2.60 by itself aborts a driver three seconds after its SIGTERM
+        say("saved")
+
+raylaunch.run(train, spares=0, run_id=run_id, log_dir=log_dir, timeouts=raylaunch.Timeouts(stop=30))
+""")
+    driver.wait_for("up")
+    driver.signal(signal.SIGTERM)
+    assert driver.exit_code() == signal.SIGTERM
+    assert (driver.gates / "saved").exists()
+    nothing_is_left(driver.log_dir)
+
+
 #: Takes no notice of SIGTERM, and has ten minutes to go on so.
 DEAF = """
 def train():

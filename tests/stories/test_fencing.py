@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -139,3 +140,42 @@ def test_two_nodes_that_die_together_are_one_re_formation(two_nodes, start, gate
     assert result.restarts == 1
     assert result.recoveries[-1].world_size == 2
     assert "lost" in result.recoveries[-1].cause
+
+
+def has_children(enough: Path, gates: Path) -> int:
+    """Steps; each rank has a program and a fork in sessions of their own."""
+    program = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    fork = os.fork()
+    if not fork:
+        os.setsid()
+        time.sleep(1000)
+    context = raylaunch.get_context()
+    for pid in (os.getpid(), program.pid, fork):
+        (gates / f"{context.generation}-{context.rank}-{pid}").touch()
+    while not any_rank(enough.exists()):
+        time.sleep(0.01)
+    return context.world_size
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_killed_raylet_leaves_nothing_on_its_node(two_nodes, start, tmp_path, gate, stopped):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    run = start(has_children, args=(gate("enough"), pids), num_workers=2, resources_per_worker={"CPU": 2})
+    members = run.running().members
+    node = two_nodes.nodes[-1]
+    (rank,) = [rank for rank, member in members.items() if member.node == node.node_id]
+    there = eventually(lambda: len(found := list(pids.glob(f"1-{rank}-*"))) == 3 and found, "its children are there")
+    if stopped:
+        two_nodes.pause_worker(run.id, rank)
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    agents = [child.pid for child in raylet.children() if "NodeAgent" in " ".join(child.cmdline())]
+    assert agents
+    raylet.kill()
+    gone = agents + [int(path.name.rpartition("-")[2]) for path in there]
+    eventually(lambda: not any(runs(pid) for pid in gone), "nothing of it is left", 10)
+    two_nodes.forget_node(node)
+    two_nodes.add_node()
+    run.running(generation=2)
+    gate("enough").touch()
+    assert list(run.result()) == [2, 2]

@@ -144,7 +144,7 @@ def returns_early(rank: int) -> None:
         dist.barrier()
 
 
-@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("early", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_a_rank_returns_early_its_blocked_peers_fail_promptly_and_the_cause_names_it(one_node, start, early):
     run = start(returns_early, args=(early,), num_workers=2, max_restarts=0)
     error = run.error()

@@ -10,6 +10,9 @@ from steps import step_until
 import raylaunch
 from raylaunch import Timeouts
 
+#: One worker fills a node.
+WHOLE_NODE = {"CPU": 2}
+
 
 def node_ids(status) -> list[str]:
     return [status.members[rank].node for rank in sorted(status.members)]
@@ -49,31 +52,37 @@ def test_a_lost_node_shrinks_the_run_at_once_and_a_new_one_lets_it_grow(two_node
 
 
 def test_without_spares_a_lost_node_shrinks_the_run_too(two_nodes, start, gate):
-    run = start(step_until, args=(gate("enough"),), num_workers=(2, 4), grow=False)
+    run = start(step_until, args=(gate("enough"),), num_workers=(1, 2), resources_per_worker=WHOLE_NODE, grow=False)
     run.running()
     two_nodes.kill_node(other_node(two_nodes))
     shrunk = run.running(generation=2)
-    assert len(shrunk.members) == 2
+    assert len(shrunk.members) == 1
     two_nodes.add_node()
     gate("enough").touch()
-    assert len(run.result()) == 2
+    assert len(run.result()) == 1
 
 
 def test_a_fixed_run_waits_for_room_and_goes_on_when_a_node_has_come(two_nodes, start, gate):
-    run = start(step_until, args=(gate("enough"),), num_workers=4)
+    run = start(step_until, args=(gate("enough"),), num_workers=2, resources_per_worker=WHOLE_NODE)
     run.running()
     two_nodes.kill_node(other_node(two_nodes))
     run.wait_for_event("NodeLost")
     two_nodes.add_node()
     again = run.running(generation=2)
-    assert len(again.members) == 4
+    assert len(again.members) == 2
     gate("enough").touch()
     result = run.result()
-    assert "lost with ranks" in result.recoveries[0].cause
+    assert "lost with rank" in result.recoveries[0].cause
 
 
 def test_below_the_minimum_the_run_fails_with_a_reason_when_no_room_comes(two_nodes, start, gate):
-    run = start(step_until, args=(gate("enough"),), num_workers=4, timeouts=Timeouts(placement=6))
+    run = start(
+        step_until,
+        args=(gate("enough"),),
+        num_workers=2,
+        resources_per_worker=WHOLE_NODE,
+        timeouts=Timeouts(placement=6),
+    )
     run.running()
     two_nodes.kill_node(other_node(two_nodes))
     error = run.error()
@@ -81,11 +90,12 @@ def test_below_the_minimum_the_run_fails_with_a_reason_when_no_room_comes(two_no
     assert isinstance(error, raylaunch.PlacementTimeout)
     text = str(error)
     assert "timeouts.placement" in text
-    assert "wanted: 4 x {CPU: 1}" in text
+    assert "wanted: 2 x {CPU: 2}" in text
     assert two_nodes.nodes[0].node_id[:8] in text
-    assert "lost with ranks" in text
+    assert "lost with rank" in text
 
 
+@pytest.mark.slow
 def test_growth_waits_while_another_jobs_group_waits(two_nodes, start, gate):
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -113,7 +123,14 @@ def test_growth_waits_while_another_jobs_group_waits(two_nodes, start, gate):
 
 
 def test_a_drained_node_is_left_without_a_charge(two_nodes, start, gate):
-    run = start(step_until, args=(gate("enough"),), num_workers=(2, 4), spares="auto", grow=False)
+    run = start(
+        step_until,
+        args=(gate("enough"),),
+        num_workers=(1, 2),
+        resources_per_worker=WHOLE_NODE,
+        spares="auto",
+        grow=False,
+    )
     run.running()
     drained = other_node(two_nodes)
     two_nodes.drain_node(drained, seconds=60)
@@ -138,11 +155,15 @@ def test_a_generation_younger_than_its_least_age_is_not_ended_in_order_to_grow(t
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    blocker = placement_group([{"CPU": 1}], name="somebody-s")
+    blocker = placement_group([WHOLE_NODE], name="somebody-s")
     ray.get(blocker.ready())
     age = 6.0
     run = start(
-        step_until, args=(gate("enough"),), num_workers=(2, 4), timeouts=Timeouts(min_generation_age=age, last_call=0)
+        step_until,
+        args=(gate("enough"),),
+        num_workers=(1, 2),
+        resources_per_worker=WHOLE_NODE,
+        timeouts=Timeouts(min_generation_age=age, last_call=0),
     )
     run.running()
     formed = time.monotonic()
@@ -150,4 +171,4 @@ def test_a_generation_younger_than_its_least_age_is_not_ended_in_order_to_grow(t
     run.running(generation=2)
     assert time.monotonic() - formed > age - 1.0
     gate("enough").touch()
-    assert len(run.result()) == 4
+    assert len(run.result()) == 2

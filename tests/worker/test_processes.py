@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import eventually
 
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
@@ -22,8 +24,10 @@ from raylaunch.worker.processes import (
     forget_last_words,
     read_last_words,
     start_time,
-    started_with,
+    strays,
+    workers_in,
 )
+from raylaunch.worker.sweeper import start_sweeper
 
 SLEEPER = "import signal; print('up', flush=True); signal.pause()"
 OLD_KERNEL = tuple(int(part) for part in os.uname().release.split(".")[:2]) < (6, 15)
@@ -155,24 +159,97 @@ def test_waiting_is_bounded(sleeper):
         assert 0.05 <= time.monotonic() - started < 1
 
 
-def test_the_processes_of_a_run_are_found(sleeper):
-    mine = sleeper(SLEEPER, RAYLAUNCH_TOKEN="run-1")
-    sleeper(SLEEPER, RAYLAUNCH_TOKEN="run-11")
-    sleeper(SLEEPER, OTHER_RAYLAUNCH_TOKEN="run-1")
-    # a worker, which sets the variable itself, isn't found; the programs that it starts are
-    worker = sleeper(
-        "import os, subprocess, sys; os.environ['RAYLAUNCH_TOKEN'] = 'run-1'\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
-        "print('up', flush=True); print(child.pid, flush=True); input(); child.communicate()"
-    )
-    child = int(worker.stdout.readline())
-    expected = {Process(pid, start_time(pid)) for pid in (mine.pid, child)}
-    assert set(started_with("run-1")) == expected
-    several = sleeper(SLEEPER, RAYLAUNCH_TOKEN="abc-7")
-    assert started_with("abc-") == started_with("abc-7") == [Process(several.pid, start_time(several.pid))]
-    assert started_with("run-2") == []
-    worker.communicate("\n")
-    assert started_with("run-1") == [Process(mine.pid, start_time(mine.pid))]
+STARTS_SOME = """
+import os, subprocess, sys, time
+from raylaunch.coordinator.commands import Process
+from raylaunch.worker.processes import LastWords, start_time, token_of
+token, directory = sys.argv[1:]
+me = Process(os.getpid(), start_time(os.getpid()))
+os.environ["RAYLAUNCH_TOKEN"] = token_of(token, me)
+LastWords(directory)
+program = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+fork = os.fork()
+if not fork:
+    os.setsid()
+    time.sleep(1000)
+print(program.pid, fork, flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def worker(python, tmp_path):
+    """Starts a process that does as a worker does, with a program and a fork of its own, both in their own sessions."""
+    pids: list[int] = []
+
+    def start(token: str):
+        process = python(STARTS_SOME, token, str(tmp_path / "words"))
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        pids.extend(children)
+        return process, {Process(pid, start_time(pid)) for pid in children}
+
+    yield start
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_programs_and_forks_of_a_worker_are_found_and_it_is_named(worker, sleeper, tmp_path):
+    words = str(tmp_path / "words")
+    mine, children = worker("run-1")
+    sleeper(SLEEPER, RAYLAUNCH_TOKEN="run-11-1-1")
+    sleeper(SLEEPER, OTHER_RAYLAUNCH_TOKEN="run-1-1-1")
+    who = identity(mine)
+    assert set(strays("run-1", words)) == {(child, who) for child in children}
+    assert workers_in(words) == [who]
+    mine.kill()
+    mine.wait()
+    forget_last_words(words, who)
+    assert set(strays("run-1", words)) == {(child, who) for child in children}
+    assert strays("run-2", str(tmp_path)) == []
+
+
+def test_the_sweeper_ends_what_a_worker_leaves_when_it_is_gone_and_then_itself(worker, sleeper, tmp_path):
+    words, raylet = str(tmp_path / "words"), sleeper()
+    (first, children), (second, others) = worker("run-1"), worker("run-1")
+    sweeper = start_sweeper("run-1", words, identity(raylet))
+    sweeper.stdin.close()  # its agent has died at once
+    first.kill()
+    eventually(lambda: not any(alive(one) for one in children), "what the first has left is gone")
+    assert all(alive(one) for one in others)
+    second.kill()
+    eventually(lambda: not any(alive(one) for one in others), "what the second has left is gone")
+    assert sweeper.wait(10) == 0
+    assert not (tmp_path / "words").exists()
+
+
+def test_when_the_raylet_goes_too_the_sweeper_ends_the_workers_even_stopped_ones(worker, sleeper, tmp_path):
+    words, raylet = str(tmp_path / "words"), sleeper()
+    mine, children = worker("run-1")
+    who = identity(mine)
+    mine.send_signal(signal.SIGSTOP)
+    sweeper = start_sweeper("run-1", words, identity(raylet))
+    raylet.kill()
+    sweeper.communicate()
+    assert not any(alive(one) for one in (who, *children))
+
+
+def test_while_its_agent_lives_the_sweeper_touches_nothing(worker, sleeper, tmp_path):
+    words, raylet = str(tmp_path / "words"), sleeper()
+    mine, children = worker("run-1")
+    sweeper = start_sweeper("run-1", words, identity(raylet))
+    mine.kill()
+    mine.wait()
+    with pytest.raises(subprocess.TimeoutExpired):
+        sweeper.wait(1)
+    assert all(alive(one) for one in children)
+    sweeper.communicate()
+    assert not any(alive(one) for one in children)
+
+
+def alive(process: Process) -> bool:
+    with Watch(process) as watch:
+        return watch.alive()
 
 
 LAST_WORDS = """

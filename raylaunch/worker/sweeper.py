@@ -1,0 +1,77 @@
+"""The sweeper: a plain process beside each node agent; it sees that nothing of a run stays on its node, whatever dies.
+
+It waits until the agent is gone, however it went. From then on it ends what a worker has left when the worker is gone;
+and when the raylet goes, which would have ended the workers, it ends them too, stopped ones included. It goes when
+nothing of the run is left here. Standard library only, no Ray, no threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import raylaunch
+from raylaunch.coordinator.commands import Process
+from raylaunch.worker.processes import Watch, end_process, forget_last_words, strays, workers_in
+
+#: How long one process may take to be gone after its SIGKILL, in seconds.
+END_SECONDS = 3.0
+
+
+def start_sweeper(token: str, directory: str, raylet: Process) -> subprocess.Popen[bytes]:
+    """Start one, in a session of its own; it waits for as long as its stdin is open."""
+    # Without the run's variables: it is no process of the run.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
+    environ["PYTHONPATH"] = str(Path(raylaunch.__file__).parents[1])
+    return subprocess.Popen(
+        [sys.executable, "-S", "-m", __name__, token, directory, str(raylet.pid), str(raylet.started)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+        env=environ,
+    )
+
+
+def sweep(token: str, directory: str, raylet: Process) -> None:
+    """End what is left of a run, as soon as it may be ended; returns when nothing is."""
+    with Watch(raylet) as ray_lives, contextlib.ExitStack() as held:
+        watches: dict[Process, Watch] = {}
+        while True:
+            found = strays(token, directory)  # first: whoever started one of them is in the directory by now
+            for worker in workers_in(directory):
+                if worker not in watches:
+                    watches[worker] = held.enter_context(Watch(worker))
+            if not ray_lives.alive():
+                for watch in watches.values():
+                    watch.kill()
+            gone = {worker for worker, watch in watches.items() if watch.wait(0 if ray_lives.alive() else END_SECONDS)}
+            for process, worker in found:
+                if worker not in watches or worker in gone:
+                    end_process(process, END_SECONDS)
+            for worker in gone:
+                forget_last_words(directory, worker)
+                watches.pop(worker).close()
+            if not watches:
+                break
+            poller = select.poll()
+            for watch in (*watches.values(), *([ray_lives] if ray_lives.alive() else [])):
+                poller.register(watch.fileno(), select.POLLIN)
+            poller.poll()
+    with contextlib.suppress(OSError):
+        Path(directory).rmdir()
+
+
+def main() -> None:
+    """The process's own beginning and end."""
+    token, directory, pid, started = sys.argv[1:]
+    os.read(0, 1)
+    sweep(token, directory, Process(int(pid), int(started)))
+
+
+if __name__ == "__main__":
+    main()
