@@ -1,6 +1,6 @@
 """raylaunch beside its peers, in one interleaved run. `make bench`; README.md in this folder says how it is measured.
 
-python -m benchmarks.bench [--rounds 5] [--only kill,node] [--peers raylaunch,torchrun] [--quick] [--write]
+python -m benchmarks.bench [--rounds 4] [--only kill,node] [--peers raylaunch,torchrun] [--quick] [--write]
 python -m benchmarks.bench --table SAMPLES [--write]
 """
 
@@ -16,10 +16,11 @@ from importlib import metadata
 
 from benchmarks.scenarios import PEERS, ROWS, SCENARIOS, Scenario
 from benchmarks.session import ROOT
-from benchmarks.table import Sample, failures, read, table
+from benchmarks.table import Sample, failures, read, table, write_between
 
 README = os.path.join(ROOT, "benchmarks", "README.md")
-BEGIN, END = "<!-- table: written by `make bench` -->\n", "<!-- end of the table -->\n"
+#: What `--quick` goes through, unless it is told: the rest takes minutes.
+QUICK = ("import", "kill", "held", "pulse")
 
 
 def main() -> None:
@@ -27,20 +28,22 @@ def main() -> None:
     text = report(read(options.table or measure(options)))
     print(f"\n{text}")
     if options.write:
-        write(text)
+        write_between(README, text)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="how often all peers take their turn (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="one round with fewer kills, to see that it works")
+    parser.add_argument("--rounds", type=int, default=4, help="how often all peers take their turn (default: 4)")
+    parser.add_argument("--quick", action="store_true", help="one round with one kill, to see that it works")
     parser.add_argument("--kills", type=int, help="how many ranks are killed in a session, for all peers")
-    parser.add_argument("--only", type=names(SCENARIOS), default=tuple(SCENARIOS), help=", ".join(SCENARIOS))
+    parser.add_argument("--only", type=names(SCENARIOS), help=", ".join(SCENARIOS))
     parser.add_argument("--peers", type=names(PEERS), default=tuple(PEERS), help=", ".join(PEERS))
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "bench"), help="where samples and outputs go")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--table", metavar="SAMPLES", help="measure nothing; print the table of an earlier run")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.only = options.only or (QUICK if options.quick else tuple(SCENARIOS))
+    return options
 
 
 def names(allowed: Mapping[str, object]) -> Callable[[str], tuple[str, ...]]:
@@ -85,7 +88,7 @@ def turns(scenario: Scenario, chosen: Sequence[str], number: int) -> list[str]:
 
 def session(name: str, peer: str, number: int, folder: str, options: argparse.Namespace) -> list[Sample]:
     """One session, told on the terminal."""
-    kills = options.kills or (min(2, PEERS[peer].kills) if options.quick else PEERS[peer].kills)
+    kills = options.kills or (1 if options.quick else PEERS[peer].kills)
     place = os.path.join(folder, f"{number}-{name}-{peer.replace('/', '-')}")
     started = time.monotonic()
     samples = list(SCENARIOS[name].run(replace(PEERS[peer], kills=kills), number, place))
@@ -112,15 +115,6 @@ def report(samples: list[Sample]) -> str:
     text = f"{time.strftime('%Y-%m-%d')}; {where}; {versions}; rounds: {rounds}.\n\n{table(ROWS, samples)}"
     failed = failures(samples)
     return f"{text}\nWhat failed:\n\n{failed}" if failed else text
-
-
-def write(text: str) -> None:
-    """Put it between the markers of README.md."""
-    with open(README, encoding="utf-8") as file:
-        before, _, rest = file.read().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    with open(README, "w", encoding="utf-8") as file:
-        file.write(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":

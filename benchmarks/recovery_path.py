@@ -1,6 +1,6 @@
 """The path of a recovery with warm spares, millisecond by millisecond: where the time between kill and all-reduce goes.
 
-    python -m benchmarks.recovery_path [--kills 20]
+    python -m benchmarks.recovery_path [--kills 20] [--write]
 
 One run of four ranks on one node; one rank after the other is killed. Times come from raylaunch's journal, from clocks
 that `probes.py` sets into driver and workers, and from the ranks. Of what several ranks do, the last one's counts.
@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.peers import Order
 from benchmarks.quiet import wait_until_quiet
 from benchmarks.scenarios import ARMED_SECONDS, END_SECONDS, RANKS, RECOVERY_SECONDS, START_SECONDS
-from benchmarks.session import Note, Session, kill
-from benchmarks.table import median, quartiles
+from benchmarks.session import ROOT, Note, Session, kill
+from benchmarks.table import median, quartiles, write_between
 
 #: What happens, in order, and where.
 STEPS = {
@@ -37,7 +37,16 @@ STEPS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery_path", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
-    kills = parser.parse_args().kills
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    options = parser.parse_args()
+    text = table(paths(options.kills))
+    print(text)
+    if options.write:
+        write_between(os.path.join(ROOT, "docs", "performance.md"), text)
+
+
+def paths(kills: int) -> list[dict[str, float]]:
+    """Kill so many ranks; the path of each recovery."""
     with tempfile.TemporaryDirectory(prefix="rlp-") as parent:
         order = Order(os.path.join(parent, "run"), "idle", restarts=-1)
         with Session("benchmarks.probes", order, {}) as session:
@@ -56,7 +65,6 @@ def main() -> None:
             paths = [
                 path_of(at, [session.read(f"path-{n.pid}") for n in notes], driver, journal) for at, notes in killed
             ]
-    print(table(paths))
 
 
 def path_of(
@@ -96,7 +104,7 @@ def table(paths: list[dict[str, float]]) -> str:
         cells = f"{median(now) * 1e3:.1f}", f"{low * 1e3:.1f} - {high * 1e3:.1f}", f"{took * 1e3:.1f}", where, step
         lines.append(f"| {' | '.join(cells)} |")
         before = now
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

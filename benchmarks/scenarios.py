@@ -22,14 +22,14 @@ from benchmarks.table import OURS, Goal, Row, Sample
 #: Limits, in seconds. What takes longer has failed.
 START_SECONDS = 90.0
 RECOVERY_SECONDS = 30.0
-NODE_RECOVERY_SECONDS = 60.0
+NODE_RECOVERY_SECONDS = 45.0
 END_SECONDS = 30.0
 #: Until all spares are warm (raylaunch alone has any).
 ARMED_SECONDS = 60.0
 #: How many failures a run may survive for each that is made: some peers need several restarts for one.
 RESTARTS_PER_KILL = 3
 RANKS = 4
-HELD_RUNS = 5
+HELD_RUNS = 4
 IMPORTS = 5
 
 
@@ -52,7 +52,7 @@ ACTORS = "bare-actors"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(OURS, "benchmarks.peers.with_raylaunch", {"spares": "auto"}, kills=10),
+        Peer(OURS, "benchmarks.peers.with_raylaunch", {"spares": "auto"}, kills=6),
         Peer(COLD, "benchmarks.peers.with_raylaunch", {"spares": 0}, kills=3),
         Peer(TORCHRUN, "benchmarks.peers.with_torchrun"),
         Peer(UNSHARED, "benchmarks.peers.with_torchrun", environ={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}),
@@ -206,8 +206,8 @@ SCENARIOS = {
     "kill": Scenario(start_and_kill, ALL, ("start", "kill", "memory")),
     "held": Scenario(held, (OURS,), ("held",)),
     "digits": Scenario(train_digits, (OURS, TORCHRUN), ("digits",)),
-    "node": Scenario(lose_node, (OURS, TORCHRUN, RAY_TRAIN), ("node",), rounds=3),
-    "pulse": Scenario(pulse, (OURS,), ("pulse",), rounds=2),
+    "node": Scenario(lose_node, (OURS, TORCHRUN, UNSHARED, RAY_TRAIN), ("node",), rounds=2),
+    "pulse": Scenario(pulse, (OURS,), ("pulse",), rounds=1),
 }
 
 ROWS = (
@@ -222,7 +222,7 @@ ROWS = (
         "node",
         "a node's raylet and workers killed -> first all-reduce of the survivors",
         "s",
-        (OURS, TORCHRUN, RAY_TRAIN),
+        (OURS, TORCHRUN, UNSHARED, RAY_TRAIN),
         {OURS: (Goal(1.0),)},
     ),
     Row(

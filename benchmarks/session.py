@@ -65,6 +65,8 @@ class Session:
         inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
         own = {"PYTHONPATH": path, MARK: self._mark, "RAY_TMPDIR": self._ray_files}
+        # Read when ray is imported: no late call, after the cluster's end, may look for another cluster to connect to.
+        own["RAY_ENABLE_AUTO_CONNECT"] = "0"
         with open(os.path.join(self.folder, "output.txt"), "wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, self.folder],

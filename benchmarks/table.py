@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+#: Where a page keeps a table that a program writes.
+BEGIN, END = "<!-- written by a program: begin -->\n", "<!-- written by a program: end -->\n"
 #: Whose median the others are compared with.
 OURS = "raylaunch"
 HEADER = ("what", "launcher", "done", "median", "middle half", "worst", "to raylaunch", "must reach")
@@ -113,6 +115,17 @@ def failures(samples: Iterable[Sample]) -> str:
             key = (sample.what, sample.peer, sample.why)
             counts[key] = counts.get(key, 0) + 1
     return "".join(f"- {what}, {peer}: {why} ({count} x)\n" for (what, peer, why), count in counts.items())
+
+
+def write_between(path: str, text: str) -> None:
+    """Put a text between a page's markers."""
+    with open(path, encoding="utf-8") as file:
+        before, begin, rest = file.read().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no {BEGIN.strip()} and {END.strip()}")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def median(values: Sequence[float]) -> float:

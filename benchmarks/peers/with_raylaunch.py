@@ -44,15 +44,22 @@ def main(folder: str) -> Any:
 
 
 def held(order: Order) -> None:
-    """Several runs of one launcher, each into a folder of its own."""
+    """Several runs of one launcher, each into a folder of its own; all but the first find warm processes."""
     held_launcher: Any = raylaunch.Launcher  # type: ignore[attr-defined] # until it is there
     with cluster_for(order), held_launcher(num_workers=order.workers[1]) as launcher:
         for number in range(order.options["held"]):
             folder = os.path.join(order.folder, f"run-{number}")
             os.makedirs(folder)
-            wait_until_quiet()  # the processes for this run are warm
+            wait_until_warm(launcher.name, order.workers[1] if number else 0)
             order.tell(f"called-{number}", time.monotonic())
             launcher.run(TASKS[order.task], args=(folder,))
+
+
+def wait_until_warm(run_id: str, processes: int) -> None:
+    """Wait until so many warm processes are there for the next run."""
+    while status_of(run_id).ready_spares < processes:
+        time.sleep(LOOK_SECONDS)
+    wait_until_quiet()
 
 
 def tell_when_armed(order: Order, spares: bool, victim: int | None) -> None:
@@ -61,7 +68,7 @@ def tell_when_armed(order: Order, spares: bool, victim: int | None) -> None:
     while True:
         time.sleep(LOOK_SECONDS)
         with contextlib.suppress(Exception):  # there is no coordinator yet, or no more
-            status = ray.get(ray.get_actor(actor_name(RUN_ID), namespace=NAMESPACE).status.remote(), timeout=10)
+            status = status_of(RUN_ID)
             pids = sorted(member.process.pid for member in status.members.values())
             ready = status.phase == "running" and (not spares or status.ready_spares >= len(pids))
             if ready and pids != told:
@@ -69,6 +76,9 @@ def tell_when_armed(order: Order, spares: bool, victim: int | None) -> None:
                 told = pids
 
 
+def status_of(run_id: str) -> Any:
+    return ray.get(ray.get_actor(actor_name(run_id), namespace=NAMESPACE).status.remote(), timeout=10)
+
+
 if __name__ == "__main__":
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # the watching thread must not start a session after the last one
     main(sys.argv[1])
