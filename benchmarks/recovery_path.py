@@ -62,7 +62,7 @@ def paths(kills: int) -> list[dict[str, float]]:
             driver = session.read("driver")
             with open(os.path.join(order.folder, "bench", "journal.jsonl"), encoding="utf-8") as file:
                 journal = [json.loads(line) for line in file]
-            paths = [
+            return [
                 path_of(at, [session.read(f"path-{n.pid}") for n in notes], driver, journal) for at, notes in killed
             ]
 
