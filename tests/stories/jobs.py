@@ -16,8 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ class JobCluster:
             return False
 
         try:
-            eventually(is_up, "the job server is up, and knows the node")
+            eventually(_rarely(is_up), "the job server is up, and knows the node", 2 * LONGEST)  # a dozen processes
         except BaseException:
             self.end()
             raise
@@ -193,20 +195,19 @@ class Job:
             info = self.info()
             return info if info["status"] in ("SUCCEEDED", "FAILED", "STOPPED") else None
 
-        return eventually(over, f"job {self.id} is over")
+        return eventually(_rarely(over), f"job {self.id} is over")
 
     def wait_for(self, name: str) -> str:
         """Wait until the script or a worker has written this file; returns its text."""
         path = self.gates / name
 
-        def there() -> bool:
-            if path.exists():
-                return True
+        def check() -> None:
             info = self.info()
-            assert info["status"] in ("PENDING", "RUNNING"), f"the job has ended: {info}\n{self.log()}"
-            return False
+            alive = path.exists() or info["status"] in ("PENDING", "RUNNING")
+            assert alive, f"the job has ended: {info}\n{self.log()}"
 
-        eventually(there, f"{name} of {self.run_id}")
+        check_rarely = _rarely(check)
+        eventually(lambda: path.exists() or check_rarely(), f"{name} of {self.run_id}")
         return path.read_text()
 
     def processes(self) -> list[str]:
@@ -244,6 +245,22 @@ def processes_with(text: str) -> list[int]:
             if pid != os.getpid() and text.encode() in Path(f"/proc/{pid}/environ").read_bytes():
                 found.append(pid)
     return found
+
+
+def _rarely(question: Callable[[], Any]) -> Callable[[], Any]:
+    """The same question, asked every half second only: each costs Ray's head some milliseconds of a core."""
+    asked = 0.0
+
+    def ask() -> Any:
+        nonlocal asked
+        if time.monotonic() < asked + 0.5:
+            return None
+        try:
+            return question()
+        finally:
+            asked = time.monotonic()
+
+    return ask
 
 
 def _free_ports(count: int) -> list[int]:

@@ -12,6 +12,8 @@ import pytest
 from harness import eventually, journal_lines
 from jobs import Job, JobCluster
 
+pytestmark = pytest.mark.timeout(300)  # the cluster counts with the first story
+
 modes = [pytest.param(True, id="token"), pytest.param(False, id="no-token", marks=pytest.mark.slow)]
 
 
@@ -31,7 +33,7 @@ def cluster(request):
 
 def nothing_is_left(job: Job, until: float, *, port: int | None = None) -> None:
     while (left := job.leftovers(port=port)) and time.monotonic() < until:
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert not left
 
 
