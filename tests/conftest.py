@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LONGEST, Run, eventually, leftovers
+from harness import Run, eventually, leftovers
 
 
 @pytest.fixture(scope="module")
 def one_node() -> Iterator[Any]:
     """A cluster of one node with four CPUs, for the module."""
-    from raylaunch.testing.cluster import LocalCluster
+    from raylaunch.testing import LocalCluster
 
     with LocalCluster(nodes=1, cpus=4) as cluster:
         yield cluster
@@ -22,7 +22,7 @@ def one_node() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Any]:
     """A cluster of two nodes with two CPUs each, for the module. A test that loses a node gives another back."""
-    from raylaunch.testing.cluster import LocalCluster
+    from raylaunch.testing import LocalCluster
 
     with LocalCluster(nodes=2, cpus=2) as cluster:
         yield cluster
@@ -37,14 +37,13 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[.
 
     def start(train_fn: Callable[..., Any], **arguments: Any) -> Run:
         arguments.setdefault("spares", 0)  # a test that needs spares says so: they cost a core each
-        run = Run(cluster, tmp_path / "runs", train_fn, **arguments)
+        run = Run(cluster, train_fn, {"log_dir": tmp_path / "runs", **arguments})
         runs.append(run)
         return run
 
     yield start
     for run in runs:
-        run._thread.join(LONGEST)
-        assert not run._thread.is_alive(), f"run {run.id} is not over"
+        eventually(run.done, f"run {run.id} is over")
     eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
 
 
