@@ -42,7 +42,7 @@ lint: $(READY)  ## style, formatting, and who may import whom
 	$(BIN)/lint-imports
 
 types: $(READY)  ## strict types, of the package and of the examples
-	$(BIN)/mypy raylaunch
+	$(BIN)/mypy raylaunch _raylaunch_pytest_plugin.py
 	$(BIN)/mypy examples docs
 
 diagram: $(READY)  ## draw the diagram of docs/state-machine.md anew, from the table

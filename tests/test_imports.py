@@ -38,7 +38,6 @@ def test_contracts() -> None:
         "raylaunch.journal",
         "raylaunch.coordinator.machine",
         "raylaunch.testing.background_run",
-        "raylaunch.testing.plugin",
         "raylaunch.testing.simulation",
     ],
 )

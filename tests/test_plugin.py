@@ -91,9 +91,8 @@ def test_whoever_does_not_use_it_pays_nothing_for_it(session):
 import sys
 
 def test_what_is_imported():
-    assert "raylaunch.testing.plugin" in sys.modules
-    assert not {"ray", "torch", "numpy"} & set(sys.modules)
-    assert "raylaunch.testing.cluster" not in sys.modules
+    assert "_raylaunch_pytest_plugin" in sys.modules
+    assert not {"raylaunch", "ray", "torch", "numpy"} & set(sys.modules)
 """
     one = session(text)
     assert one.outcomes() == {"test_what_is_imported": "PASSED"}, one.said()
@@ -156,6 +155,7 @@ def test_1_fails_in_the_middle_of_everything(raylaunch_cluster):
 
     run = raylaunch_cluster.start_run(stays, num_workers=2, spares=0, run_id="the-same")
     run.wait_until(lambda: (notes / "rank 0").exists() and (notes / "rank 1").exists(), "both ranks")
+    (notes / "paused").write_text(str(raylaunch_cluster.pause_worker(run, 1)))
 
     @ray.remote(num_cpus=0)
     class Stays:
@@ -169,6 +169,7 @@ def test_1_fails_in_the_middle_of_everything(raylaunch_cluster):
 def test_2_finds_a_clean_cluster(raylaunch_cluster):
     assert raylaunch_cluster.as_new()
     assert subprocess.run(["pgrep", "-f", "sleep 1001"]).returncode == 1
+    assert not os.path.exists("/proc/" + (notes / "paused").read_text())
     run = raylaunch_cluster.start_run(ranks, num_workers=4, spares=0, run_id="the-same")
     assert list(run.result()) == [(rank, 4, None) for rank in range(4)]
     (notes / "second").write_text(raylaunch_cluster.address)
@@ -278,6 +279,7 @@ def test_an_interrupted_session_leaves_nothing(session, tmp_path, how):
     eventually(
         lambda: all((tmp_path / name).exists() for name in names) or one.process.poll() is not None, "the middle"
     )
+    assert [words for words in one.left() if "sleep" in words]
     one.process.send_signal(how)
     assert one.process.wait(LONGEST) != 0, one.said()
     eventually(lambda: not one.left(), "nothing is left behind", 10.0)

@@ -1,10 +1,9 @@
 """For tests, yours and ours: real local clusters to hurt, runs in the background, and a simulator of the coordinator.
 
-    def test_survives(raylaunch_cluster):  # a fixture of the pytest plugin: raylaunch/testing/plugin.py
+    def test_survives(raylaunch_cluster):  # a fixture of the pytest plugin, _raylaunch_pytest_plugin.py
         run = raylaunch_cluster.start_run(train, num_workers=2)
 
-Everything is loaded when it is asked for: pytest imports this package wherever raylaunch is installed, and the
-simulator needs no Ray.
+Everything is loaded when it is asked for: the simulator needs no Ray.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import raylaunch
+from raylaunch.api import run
+from raylaunch.errors import ConfigError
+from raylaunch.result import RunResult
 
 if TYPE_CHECKING:
     from raylaunch.cluster.coordinator_actor import Status
@@ -41,12 +43,12 @@ class BackgroundRun:
         self.id: str = arguments["run_id"]
         self.journal = Path(str(arguments["log_dir"]), str(self.id), "journal.jsonl")
         self._cluster = cluster
-        self._result: raylaunch.RunResult | None = None
+        self._result: RunResult | None = None
         self._error: BaseException | None = None
 
         def work() -> None:
             try:
-                self._result = raylaunch.run(train_fn, **arguments)
+                self._result = run(train_fn, **arguments)
             except BaseException as error:  # also what a rank's SystemExit became: it belongs to the test
                 self._error = error
 
@@ -66,7 +68,7 @@ class BackgroundRun:
         def there() -> Status | None:
             try:
                 now = self._cluster.status(self)
-            except (raylaunch.ConfigError, TimeoutError):  # its coordinator isn't there yet, or is being restarted
+            except (ConfigError, TimeoutError):  # its coordinator isn't there yet, or is being restarted
                 return None
             ready = now.phase == "running" and now.generation >= generation and now.ready_spares >= spares
             return now if ready else None
@@ -99,7 +101,7 @@ class BackgroundRun:
         """Whether the run is over."""
         return not self._thread.is_alive()
 
-    def result(self, seconds: float = PATIENCE_SECONDS) -> raylaunch.RunResult:
+    def result(self, seconds: float = PATIENCE_SECONDS) -> RunResult:
         """Wait for the run's end, and return its result; raises what the run raised.
 
         Raises:
