@@ -90,7 +90,6 @@ class LocalCluster:
         self.address = self.log_dir = ""
         self._mark = uuid.uuid4().hex
         self._cluster = Cluster()
-        self._sigterm = signal.getsignal(signal.SIGTERM)
         self._ray_address: str | None = None  # what the variable said before
         self._connected = self._changed = self._over = False
         try:
@@ -118,7 +117,8 @@ class LocalCluster:
         os.environ[RAY_ADDRESS] = self.address
         self._connected = True
         # Everything explicit: a bare ray.init() would take whatever cluster the machine's address file names.
-        ray.init(address=self.address, log_to_driver=False)
+        with _sigterm_untouched():
+            ray.init(address=self.address, log_to_driver=False)
 
     def disconnect(self) -> None:
         """Leave the cluster, which ends what this process has left there: runs, actors, placement groups.
@@ -206,7 +206,7 @@ class LocalCluster:
         _check_count("cpus", cpus, 0)
         _check_count("gpus", gpus, 0)
         fake = {"env_vars": {FAKE_GPUS: "1"}} if gpus > len(glob.glob("/dev/nvidia[0-9]*")) else {}
-        with _no_address_file(), _environment({MARK: self._mark, RAY_ADDRESS: None}):
+        with _no_address_file(), _sigterm_untouched(), _environment({MARK: self._mark, RAY_ADDRESS: None}):
             node = self._cluster.add_node(num_cpus=cpus, num_gpus=gpus, **fake, **options)
         self.nodes.append(node)
         self._changed = True
@@ -279,8 +279,6 @@ class LocalCluster:
                     self._cluster.shutdown()
             finally:
                 self._sweep()
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGTERM, self._sigterm)
 
     def __enter__(self) -> LocalCluster:  # noqa: PYI034 - Self is of Python 3.11
         return self
@@ -383,6 +381,20 @@ def _no_address_file() -> Iterator[None]:
         mock.patch.object(ray._common.utils, "reset_ray_address"),  # noqa: SLF001
     ):
         yield
+
+
+@contextlib.contextmanager
+def _sigterm_untouched() -> Iterator[None]:
+    """Ray 2.60 takes SIGTERM over, ends its cluster and raises SystemExit, which pytest takes for one more failed test.
+
+    Nobody needs that: the kernel ends the processes of a cluster with the one that started them (PR_SET_PDEATHSIG).
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

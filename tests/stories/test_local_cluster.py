@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import pytest
@@ -91,6 +92,7 @@ def test_what_a_background_run_raises_reaches_the_test(one_node):
 
 def test_whoever_leaves_the_cluster_can_come_back(one_node, start):
     """Last in this file: while it is away, the environment is as it was."""
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     address = one_node.address
     assert os.environ["RAY_ADDRESS"] == address
     one_node.disconnect()
