@@ -54,7 +54,7 @@ lint: $(READY)  ## style, formatting, and who may import whom
 	$(BIN)/lint-imports
 
 types: $(READY)  ## strict types, of the package, the examples and the benchmarks
-	$(BIN)/mypy raylaunch
+	$(BIN)/mypy raylaunch _raylaunch_pytest_plugin.py
 	$(BIN)/mypy examples docs benchmarks
 
 diagram: $(READY)  ## draw the diagram of docs/state-machine.md anew, from the table
