@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.ready-bench
 
-.PHONY: help demo examples test test-slow test-all core lint types diagram clean
+.PHONY: help demo examples test test-slow test-all core bench bench-quick lint types diagram clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -15,6 +16,11 @@ help:  ## list the targets
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,dev,examples]"
+	@touch $@
+
+# The peers of the benchmarks, which the tests should not pay for.
+$(BENCH_READY): $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@touch $@
 
 demo: $(READY)  ## training on two local nodes, through a killed worker, a killed node and a new node
@@ -36,14 +42,20 @@ test-all: $(READY)  ## all tests
 core: $(READY)  ## only the coordinator's tests: no Ray, no torch, seconds
 	$(BIN)/pytest tests/coordinator -m "not slow"
 
+bench: $(BENCH_READY)  ## raylaunch beside torchrun, Ray Train and bare actors: under 25 minutes on 2 quiet cores
+	$(BIN)/python -m benchmarks.bench --write
+
+bench-quick: $(BENCH_READY)  ## the same once, to see that it works
+	$(BIN)/python -m benchmarks.bench --quick
+
 lint: $(READY)  ## style, formatting, and who may import whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-types: $(READY)  ## strict types, of the package and of the examples
-	$(BIN)/mypy raylaunch
-	$(BIN)/mypy examples docs
+types: $(READY)  ## strict types, of the package, the examples and the benchmarks
+	$(BIN)/mypy raylaunch _raylaunch_pytest_plugin.py
+	$(BIN)/mypy examples docs benchmarks
 
 diagram: $(READY)  ## draw the diagram of docs/state-machine.md anew, from the table
 	$(BIN)/python docs/make_state_diagram.py

@@ -11,7 +11,8 @@ import time
 
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
-from raylaunch.coordinator.machine import Coordinator, Phase
+from raylaunch.coordinator.machine import Coordinator
+from raylaunch.coordinator.phase import Phase
 from raylaunch.errors import Ending, EndKind
 from raylaunch.spec import make_spec
 
@@ -27,17 +28,18 @@ def main(seats: int) -> None:
         decision = coordinator.handle(event)
         return time.process_time() - started, decision.commands
 
-    def ready(commands: tuple[do.Command, ...]) -> tuple[float, list[float], tuple[do.Command, ...]]:
+    def warm_up(commands: tuple[do.Command, ...]) -> tuple[float, list[float], tuple[do.Command, ...]]:
         """Start and ready every worker that was asked for; seconds in all, each event's, and the last commands."""
         nonlocal now
-        events: list[e.Event] = []
+        started: list[e.WorkerStarted] = []
         for command in commands:
             if isinstance(command, do.StartWorker):
                 node = f"{command.bundle // PER_NODE:040x}"
-                events.append(e.WorkerStarted(now, command.worker, node, "10.0.0.1", command.worker + 100, 1, {}))
-        events += [e.WorkerReady(now, event.worker, 1234, 10**10, 3 * 10**8) for event in events]
-        costs, last = [], ()
-        for event in events:
+                started.append(e.WorkerStarted(now, command.worker, node, "10.0.0.1", command.worker + 100, 1, {}))
+        ready = [e.WorkerReady(now, event.worker, 1234, 10**10, 3 * 10**8) for event in started]
+        costs: list[float] = []
+        last: tuple[do.Command, ...] = ()
+        for event in (*started, *ready):
             cost, last = handle(event)
             costs.append(cost)
         return sum(costs), costs, last
@@ -47,11 +49,11 @@ def main(seats: int) -> None:
     nodes = tuple(f"{index // PER_NODE:040x}" for index in range(seats))
     cost, commands = handle(e.BundlesPlaced(now, group.group, nodes))
     total += cost
-    cost, routine, commands = ready(commands)
+    cost, routine, commands = warm_up(commands)
     promoted = [command for command in commands if isinstance(command, do.Promote)]
     total += cost
     assert len(promoted) == seats
-    assert coordinator.phase is Phase.FORMING
+    assert coordinator.generation == 1
     joins = [handle(e.WorkerJoined(now, command.worker, 1))[0] for command in promoted]
     total += sum(joins)
     assert coordinator.phase is Phase.RUNNING
@@ -60,7 +62,7 @@ def main(seats: int) -> None:
     # spares, then one rank is killed: the decision that promotes all of them
     now = 100.0
     _, commands = handle(e.Tick(now))
-    ready(commands)
+    warm_up(commands)
     recovery, commands = handle(e.WorkerLost(now, promoted[0].worker, Ending(EndKind.SIGNALED, signal=9)))
     assert sum(isinstance(command, do.Promote) for command in commands) == (seats if coordinator.generation == 2 else 0)
     print(f"seats                                  {seats}")

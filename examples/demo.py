@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -25,7 +24,7 @@ import raylaunch
 
 if TYPE_CHECKING:
     from raylaunch.cluster.coordinator_actor import Status
-    from raylaunch.testing.cluster import LocalCluster
+    from raylaunch.testing import LocalCluster
 
 #: The length of act 1's run in steps; each is made to last so long, in seconds, that there is a middle to be killed in.
 STEPS = 240
@@ -42,7 +41,7 @@ def main() -> None:
     # should not make Ray connect to a cluster by itself, for its last words.
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     with quiet(os.path.join(folder, "ray-notices.txt")) as terminal:
-        from raylaunch.testing.cluster import LocalCluster
+        from raylaunch.testing import LocalCluster
 
         show = Show(terminal)
         show.title("A Ray cluster of 2 nodes with 2 CPUs each, on this machine", f"(what is written goes to {folder})")
@@ -177,7 +176,7 @@ class Stage:
 
 
 class Run:
-    """One run of `digits.train`, in a thread: the main thread does the harm (Ray adds nodes only from there)."""
+    """One run of `digits.train`, in the background."""
 
     def __init__(
         self,
@@ -193,49 +192,37 @@ class Run:
         self.folder = os.path.join(stage.folder, name)
         self.last_members: dict[int, Any] = {}
         self._stage = stage
-        self._outcome: raylaunch.RunResult | BaseException | None = None
         os.mkdir(self.folder)
-
-        def work() -> None:
-            try:
-                self._outcome = raylaunch.run(
-                    digits.train,
-                    args=(*stage.data, self.folder),
-                    kwargs={"steps": steps, "pause": pause},
-                    num_workers=num_workers,
-                    spares=spares,
-                    preload=("torch", "torch._dynamo", "digits"),  # DDP wants _dynamo: a second of imports less later
-                    timeouts=raylaunch.Timeouts(min_generation_age=3.0),  # 10 by default: growth is not that urgent
-                    run_id=self.id,
-                    log_dir=stage.folder,
-                )
-            except BaseException as error:
-                self._outcome = error
-
-        self._thread = threading.Thread(target=work, name=self.id, daemon=True)
-        self._thread.start()
+        self._run = stage.cluster.start_run(
+            digits.train,
+            args=(*stage.data, self.folder),
+            kwargs={"steps": steps, "pause": pause},
+            num_workers=num_workers,
+            spares=spares,
+            preload=("torch", "torch._dynamo", "digits"),  # DDP wants _dynamo: a second of imports less later
+            timeouts=raylaunch.Timeouts(min_generation_age=3.0),  # 10 by default: growth is not that urgent
+            run_id=self.id,
+            log_dir=stage.folder,
+        )
 
     def wait_for(self, what: str, condition: Callable[[Status], bool]) -> None:
         """Wait until the run is in a state."""
-        until = time.monotonic() + PATIENCE
-        while self._thread.is_alive():
-            with contextlib.suppress(ValueError):  # its coordinator isn't there yet
-                now = self._stage.cluster.status(self.id)
-                self.last_members = now.members
-                if now.phase == "running" and condition(now):
-                    return
-            if time.monotonic() > until:
-                fail(f"run {self.id}: there were no {what} within {PATIENCE:.0f} s")
-            time.sleep(0.05)
-        self.result()
-        fail(f"run {self.id} finished before there were {what}")
+
+        def there() -> bool:
+            self.last_members = (now := self._run.running(seconds=PATIENCE)).members
+            return condition(now)
+
+        try:
+            self._run.wait_until(there, what, seconds=PATIENCE)
+        except (AssertionError, TimeoutError) as error:
+            fail(str(error))
 
     def result(self) -> raylaunch.RunResult:
         """Wait for the run's end."""
-        self._thread.join(PATIENCE)
-        if not isinstance(self._outcome, raylaunch.RunResult):
-            fail(f"run {self.id} failed: {self._outcome}" if self._outcome else f"run {self.id} takes too long")
-        return self._outcome
+        try:
+            return self._run.result(PATIENCE)
+        except Exception as error:
+            fail(f"run {self.id}: {error}")
 
     def history(self) -> list[list[dict[str, Any]]]:
         """The step log's lines, by generation."""

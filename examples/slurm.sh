@@ -18,7 +18,8 @@ set -euo pipefail
 # The same Python, torch, Ray and raylaunch on every node: an environment on shared storage, a module, a container.
 # source /shared/venv/bin/activate
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*} # the first line
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address)
 address=${address%% *} # the first, where a host has several
 

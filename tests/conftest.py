@@ -1,4 +1,4 @@
-"""The fixtures of tests on a real cluster: a cluster per module, runs that leave nothing behind."""
+"""The fixtures of tests on a real cluster: a cluster for a module, runs that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LONGEST, Run, eventually, leftovers
+from harness import Run, eventually, leftovers
+
+
+@pytest.fixture(scope="session")
+def clusters() -> Iterator[Any]:
+    """Keeps a module's cluster for the next, if that wants the same and finds it as new: a start costs 4 s and more."""
+    from raylaunch.testing.keeper import ClusterKeeper
+
+    keeper = ClusterKeeper()
+    yield keeper
+    keeper.close()
 
 
 @pytest.fixture(scope="module")
-def one_node() -> Iterator[Any]:
+def one_node(clusters: Any) -> Iterator[Any]:
     """A cluster of one node with four CPUs, for the module."""
-    from raylaunch.testing.cluster import LocalCluster
-
-    with LocalCluster(nodes=1, cpus=4) as cluster:
-        yield cluster
+    yield clusters.take({"nodes": 1, "cpus": 4})
+    clusters.give_back()
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Iterator[Any]:
+def two_nodes(clusters: Any) -> Iterator[Any]:
     """A cluster of two nodes with two CPUs each, for the module. A test that loses a node gives another back."""
-    from raylaunch.testing.cluster import LocalCluster
-
-    with LocalCluster(nodes=2, cpus=2) as cluster:
-        yield cluster
+    yield clusters.take({"nodes": 2, "cpus": 2})
+    clusters.give_back()
 
 
 @pytest.fixture
@@ -37,14 +43,13 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[.
 
     def start(train_fn: Callable[..., Any], **arguments: Any) -> Run:
         arguments.setdefault("spares", 0)  # a test that needs spares says so: they cost a core each
-        run = Run(cluster, tmp_path / "runs", train_fn, **arguments)
+        run = Run(cluster, train_fn, {"log_dir": tmp_path / "runs", **arguments})
         runs.append(run)
         return run
 
     yield start
     for run in runs:
-        run._thread.join(LONGEST)
-        assert not run._thread.is_alive(), f"run {run.id} is not over"
+        eventually(run.done, f"run {run.id} is over")
     eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 
 import psutil
 
-#: Nothing in a story takes longer than this, in seconds; a bound, not an expectation.
-LONGEST = 60.0
+from raylaunch.testing import BackgroundRun
+from raylaunch.testing.background_run import PATIENCE_SECONDS as LONGEST
 
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = LONGEST) -> Any:
@@ -29,54 +27,8 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = LONGEST
         time.sleep(0.02)
 
 
-class Run:
-    """A run going on in a thread of the test, so that the test can hurt it."""
-
-    def __init__(self, cluster: Any, log_dir: Path, train_fn: Callable[..., Any], **arguments: Any) -> None:
-        import raylaunch
-
-        self.cluster = cluster
-        self.id = arguments.setdefault("run_id", f"t{os.getpid()}-{time.monotonic_ns() % 10**9}")
-        self.journal = log_dir / self.id / "journal.jsonl"
-        self._outcome: dict[str, Any] = {}
-
-        def work() -> None:
-            try:
-                self._outcome["result"] = raylaunch.run(train_fn, log_dir=str(log_dir), **arguments)
-            except BaseException as error:
-                self._outcome["error"] = error
-
-        self._thread = threading.Thread(target=work, daemon=True)
-        self._thread.start()
-
-    def running(self, generation: int = 1, *, spares: int = 0) -> Any:
-        """Wait until a generation (or a later one) runs, with so many ready spares; returns the run's status."""
-
-        def there() -> Any:
-            if self._outcome:
-                raise AssertionError(f"the run is over: {self._outcome}")
-            with contextlib.suppress(Exception):
-                status = self.cluster.status(self.id)
-                if status.phase == "running" and status.generation >= generation and status.ready_spares >= spares:
-                    return status
-            return None
-
-        return eventually(there, f"generation {generation} of run {self.id} runs")
-
-    def result(self, seconds: float = LONGEST) -> Any:
-        """The run's result; raises what it raised."""
-        self._thread.join(seconds)
-        assert not self._thread.is_alive(), f"run {self.id} is not over after {seconds} s"
-        if "error" in self._outcome:
-            raise self._outcome["error"]
-        return self._outcome["result"]
-
-    def error(self, seconds: float = LONGEST) -> Any:
-        """What the run raised."""
-        self._thread.join(seconds)
-        assert not self._thread.is_alive(), f"run {self.id} is not over after {seconds} s"
-        assert "error" in self._outcome, f"the run succeeded: {self._outcome}"
-        return self._outcome["error"]
+class Run(BackgroundRun):
+    """A run in the background, with a look into its journal."""
 
     def wait_for_event(self, name: str, count: int = 1) -> dict[str, Any]:
         """Wait until the journal holds so many events of one kind; returns the last."""

@@ -5,7 +5,9 @@ The Python examples themselves are run by `make demo`, `make examples` and tests
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -107,17 +109,42 @@ def test_the_ray_job_starts_an_example_and_gives_it_a_runtime_env_that_ray_takes
     check_entrypoint(shlex.split(spec["entrypoint"].replace("/app/", "examples/")), monkeypatch)
 
 
-def test_the_slurm_script_is_bash_and_starts_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+#: Stands in for Slurm: three nodes, and a step that only notes its command.
+SCONTROL = "#!/bin/sh\nprintf 'n1\\nn2\\nn3\\n'\n"
+SRUN = """#!/bin/sh
+case "$*" in
+    *--nodelist=n1*hostname*) echo "10.0.0.1 fe80::1" ;;
+    *) printf '%s\\n' "$@" >"$NOTES" ;;
+esac
+"""
+
+
+def test_the_slurm_script_is_bash_and_starts_an_example_on_every_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = EXAMPLES / "slurm.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", str(script)], check=True)
-    text = script.read_text(encoding="utf-8").replace("\\\n", " ")
-    command = next(line for line in text.splitlines() if line.startswith("srun") and "symmetric-run" in line)
-    words = shlex.split(re.sub(r"\$\{?[\w:-]+\}?", "3", command))
-    start = words[words.index("symmetric-run") + 1 : words.index("--")]
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    allocation = {
+        "SLURM_JOB_NODELIST": "n[1-3]",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_CPUS_PER_TASK": "8",
+        "SLURM_SUBMIT_DIR": "/shared/my project",
+    }
+    notes = tmp_path / "notes"
+    environment = {**os.environ, **allocation, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes)}
+    subprocess.run(["bash", str(script)], check=True, env=environment)
+    words = notes.read_text().splitlines()
+    step, start = words[: words.index("ray")], words[words.index("symmetric-run") + 1 : words.index("--")]
+    assert step == ["--no-kill", "--nodes=3", "--ntasks=3"]
+    assert start == ["--address", "10.0.0.1:6379", "--min-nodes", "3", "--num-cpus=8", "--num-gpus=0"]
     check_symmetric_run(start)
-    check_entrypoint(words[words.index("--") + 1 :], monkeypatch)
+    chosen = check_entrypoint(words[words.index("--") + 1 :], monkeypatch)
+    assert chosen.workers == (2, 3)
+    assert chosen.checkpoints == "/shared/my project/checkpoints"
 
 
 def check_symmetric_run(options: list[str]) -> None:
@@ -131,7 +158,7 @@ start.make_context("start", ["--head", "--port=1", *curate_and_validate_ray_star
     subprocess.run([sys.executable, "-c", code, *options], check=True)
 
 
-def check_entrypoint(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_entrypoint(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """The command's script is there, and takes its options."""
     assert words[0] == "python"
     script = next(word for word in words if word.endswith(".py"))
@@ -142,5 +169,6 @@ def check_entrypoint(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    chosen = example.parse(words[words.index(script) + 1 :])
+    chosen: argparse.Namespace = example.parse(words[words.index(script) + 1 :])
     make_spec(num_workers=chosen.workers, workers_per_node=chosen.per_node)
+    return chosen

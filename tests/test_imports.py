@@ -30,7 +30,17 @@ def test_contracts() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("module", ["raylaunch", "raylaunch.cli", "raylaunch.journal", "raylaunch.coordinator.machine"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "raylaunch",
+        "raylaunch.cli",
+        "raylaunch.journal",
+        "raylaunch.coordinator.machine",
+        "raylaunch.testing.background_run",
+        "raylaunch.testing.simulation",
+    ],
+)
 def test_importing_is_light(module: str) -> None:
     """Neither torch nor ray nor numpy comes with it."""
     program = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"

@@ -6,6 +6,7 @@ nodes that die or drain and for other jobs' groups: `Survey` looks at those once
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +76,16 @@ class Survey:
 
 
 def survey(run_id: str) -> Survey:
-    """Look. Blocks for some milliseconds: three questions to Ray's control store."""
-    nodes = ray.nodes()
+    """Look. Blocks for some milliseconds, or while Ray's control store is away: three questions to it."""
+    nodes = _ask(ray.nodes)
     own = f"raylaunch:{run_id}:"
     waiting = any(
         info["state"] in ("PENDING", "RESCHEDULING") and not info["name"].startswith(own) and not _growth(info["name"])
-        for info in placement_group_table().values()
+        for info in _ask(placement_group_table).values()
     )
     return Survey(
         dead=frozenset(node["NodeID"] for node in nodes if not node["Alive"]),
-        draining=frozenset(_state().get_draining_nodes()),
+        draining=frozenset(_ask(_state().get_draining_nodes)),
         others_waiting=waiting,
         nodes=sum(node["Alive"] for node in nodes),
     )
@@ -98,11 +99,11 @@ def _growth(name: str) -> bool:
 def shortage(spec: RunSpec, groups: list[PlacementGroup]) -> str:
     """What the run wants, what each node has, and Ray's own reason: for people, over several lines."""
     wanted = spec.bundle_resources
-    available = _state().available_resources_per_node()  # leaves out draining nodes, which ray.nodes() doesn't
+    available = _ask(_state().available_resources_per_node)  # leaves out draining nodes, which ray.nodes() doesn't
     lines = [f"wanted: {spec.bounds.min_units} x {_amounts(wanted)}, strategy {spec.placement_strategy}"]
     if spec.label_selector:
         lines[0] += f", labels {spec.label_selector}"
-    for node in sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"])):
+    for node in sorted((node for node in _ask(ray.nodes) if node["Alive"]), key=lambda node: str(node["NodeID"])):
         free, total = available.get(node["NodeID"], {}), node["Resources"]
         parts = [f"{name} {free.get(name, 0):g} of {total.get(name, 0):g}" for name in wanted]
         note = "" if node["NodeID"] in available else " (draining)"
@@ -110,10 +111,20 @@ def shortage(spec: RunSpec, groups: list[PlacementGroup]) -> str:
             f"node {short_id(node['NodeID'])} ({node['NodeManagerAddress']}) has free: {', '.join(parts)}{note}"
         )
     for group in groups:
-        info = placement_group_table(group)
+        info = _ask(placement_group_table, group)
         if info and info["state"] not in ("CREATED", "REMOVED"):
             lines.append(f"Ray: group {info['name']} is {info['state']} ({info['stats']['scheduling_state']})")
     return "\n".join(lines[:20])
+
+
+def _ask(question: Callable[..., Any], *arguments: Any) -> Any:
+    """An answer of Ray's. The run, and the session, may end while a thread waits for the one before.
+
+    Without a session Ray 2.60 would start a new one for the call, or take another cluster on the machine.
+    """
+    if not ray.is_initialized():
+        raise ConnectionError("the connection to Ray is closed")
+    return question(*arguments)
 
 
 def _amounts(resources: dict[str, float]) -> str:

@@ -1,20 +1,27 @@
-"""For tests, yours and ours: real local clusters to hurt (`LocalCluster`), and a simulator of the coordinator.
+"""For tests, yours and ours: real local clusters to hurt, runs in the background, and a simulator of the coordinator.
 
-`LocalCluster` is loaded when it is asked for: the simulator needs no Ray.
+    def test_survives(raylaunch_cluster):  # a fixture of the pytest plugin, _raylaunch_pytest_plugin.py
+        run = raylaunch_cluster.start_run(train, num_workers=2)
+
+Everything is loaded when it is asked for: the simulator needs no Ray.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from raylaunch.testing.simulation import SimulationFailed, SimulationResult, simulate
+if TYPE_CHECKING:
+    from raylaunch.testing.background_run import BackgroundRun
+    from raylaunch.testing.cluster import LocalCluster
+    from raylaunch.testing.simulation import SimulationFailed, SimulationResult, simulate
 
-__all__ = ["LocalCluster", "SimulationFailed", "SimulationResult", "simulate"]
+__all__ = ["BackgroundRun", "LocalCluster", "SimulationFailed", "SimulationResult", "simulate"]
+
+_MODULES = {"BackgroundRun": "background_run", "LocalCluster": "cluster"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LocalCluster":
-        from raylaunch.testing.cluster import LocalCluster
-
-        return LocalCluster
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'simulation')}"), name)

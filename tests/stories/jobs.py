@@ -16,8 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,12 @@ class JobCluster:
 
     def __init__(self, *, token: bool, **environment: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rl-jobs-"))  # short: Ray's sockets lie below it
-        self._mark = f"{MARK}={self.folder.name}"
+        self._mark = f"{MARK}={self.folder.name}/"
         ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self._port = ports["port"]
         self.http = f"http://127.0.0.1:{ports['dashboard-port']}"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.environment |= {MARK: self.folder.name, "RAY_AUTH_MODE": "token" if token else "disabled", **environment}
+        self.environment |= {"RAY_AUTH_MODE": "token" if token else "disabled", **environment}
         self.headers: dict[str, str] = {}
         if token:
             secret = self.folder / "auth_token"
@@ -58,30 +61,50 @@ class JobCluster:
             secret.chmod(0o600)
             self.environment["RAY_AUTH_TOKEN_PATH"] = str(secret)
             self.headers["Authorization"] = f"Bearer {secret.read_text()}"
+        self._nodes: list[subprocess.Popen[bytes]] = []
         options = [f"--{name}={number}" for name, number in ports.items()]
-        options += ["--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2", f"--temp-dir={self.folder}/ray"]
-        options += ["--disable-usage-stats", "--block"]
-        self._said = self.folder / "output.txt"
-        with self._said.open("wb") as output:
-            self._head = subprocess.Popen(
-                ray_command("start", "--head", *options),
+        self._start("--head", f"--temp-dir={self.folder}/ray", "--disable-usage-stats", *options)
+
+    def _start(self, *options: str) -> None:
+        """`ray start`, in a session of its own; returns when the node is there."""
+        said = self.folder / f"output-{len(self._nodes)}.txt"
+        with said.open("wb") as output:
+            node = subprocess.Popen(
+                ray_command("start", *options, "--num-cpus=2", "--min-worker-port=0", "--max-worker-port=0", "--block"),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env={**self.environment, MARK: self._mark_of(len(self._nodes))},
                 start_new_session=True,
             )
+        self._nodes.append(node)
+
+        def is_up() -> bool:
+            assert node.poll() is None, f"ray start has ended:\n{said.read_text(errors='replace')}"
+            with contextlib.suppress(OSError):  # urllib's errors too
+                return self.ask("/api/jobs/") == [] and len(self.rows("nodes")) == len(self._nodes)
+            return False
+
         try:
-            eventually(self._is_up, "the job server is up")
+            eventually(_rarely(is_up), "the job server is up, and knows the node", 2 * LONGEST)  # a dozen processes
         except BaseException:
             self.end()
             raise
 
-    def _is_up(self) -> bool:
-        assert self._head.poll() is None, f"ray start has ended:\n{self._said.read_text(errors='replace')}"
-        with contextlib.suppress(OSError):  # urllib's errors too
-            return self.ask("/api/jobs/") == [] and len(self.rows("nodes")) == 1
-        return False
+    def _mark_of(self, node: int) -> str:
+        return f"{self.folder.name}/{node}"
+
+    def add_node(self) -> None:
+        """One more node, as `ray start --address` makes it."""
+        (head,) = self.rows("nodes")
+        (agent,) = _free_ports(1)
+        self._start(f"--address={head['node_ip']}:{self._port}", f"--dashboard-agent-listen-port={agent}")
+
+    def kill_head(self) -> None:
+        """End the head node as a power cut would: each of its processes, drivers and workers too, by SIGKILL."""
+        for pid in processes_with(f"{MARK}={self._mark_of(0)}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def ask(self, path: str) -> Any:
         """What Ray's head answers to a GET."""
@@ -109,13 +132,15 @@ class JobCluster:
 
     def end(self) -> None:
         """End every process of this cluster, by its pid."""
-        self._head.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._head.wait(10)
+        for node in reversed(self._nodes):
+            node.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(10)
         for pid in processes_with(self._mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._head.wait(10)
+        for node in self._nodes:
+            node.wait(10)
         eventually(lambda: not processes_with(self._mark), "the cluster is gone", 20)
         shutil.rmtree(self.folder)
 
@@ -170,28 +195,32 @@ class Job:
             info = self.info()
             return info if info["status"] in ("SUCCEEDED", "FAILED", "STOPPED") else None
 
-        return eventually(over, f"job {self.id} is over")
+        return eventually(_rarely(over), f"job {self.id} is over")
 
     def wait_for(self, name: str) -> str:
         """Wait until the script or a worker has written this file; returns its text."""
         path = self.gates / name
 
-        def there() -> bool:
-            if path.exists():
-                return True
+        def check() -> None:
             info = self.info()
-            assert info["status"] in ("PENDING", "RUNNING"), f"the job has ended: {info}\n{self.log()}"
-            return False
+            alive = path.exists() or info["status"] in ("PENDING", "RUNNING")
+            assert alive, f"the job has ended: {info}\n{self.log()}"
 
-        eventually(there, f"{name} of {self.run_id}")
+        check_rarely = _rarely(check)
+        eventually(lambda: path.exists() or check_rarely(), f"{name} of {self.run_id}")
         return path.read_text()
+
+    def processes(self) -> list[str]:
+        """The processes with the run's id in their environment."""
+        found = []
+        for pid in processes_with(self.run_id):
+            with contextlib.suppress(psutil.Error):
+                found.append(f"process {pid}: {' '.join(psutil.Process(pid).cmdline())[:80]}")
+        return found
 
     def leftovers(self, *, port: int | None = None) -> list[str]:
         """What is left: processes by their environment, and what Ray knows of, none of it raylaunch's word."""
-        left = []
-        for pid in processes_with(self.run_id):
-            with contextlib.suppress(psutil.Error):
-                left.append(f"process {pid}: {' '.join(psutil.Process(pid).cmdline())[:80]}")
+        left = self.processes()
         if port and any(c.laddr.port == port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN):
             left.append(f"port {port}")
         for row in self.cluster.rows("actors"):
@@ -216,6 +245,22 @@ def processes_with(text: str) -> list[int]:
             if pid != os.getpid() and text.encode() in Path(f"/proc/{pid}/environ").read_bytes():
                 found.append(pid)
     return found
+
+
+def _rarely(question: Callable[[], Any]) -> Callable[[], Any]:
+    """The same question, asked every half second only: each costs Ray's head some milliseconds of a core."""
+    asked = 0.0
+
+    def ask() -> Any:
+        nonlocal asked
+        if time.monotonic() < asked + 0.5:
+            return None
+        try:
+            return question()
+        finally:
+            asked = time.monotonic()
+
+    return ask
 
 
 def _free_ports(count: int) -> list[int]:

@@ -21,7 +21,7 @@ CLUSTER = """
 import sys
 from raylaunch.testing.cluster import LocalCluster
 with LocalCluster(nodes=1, cpus=4, gpus=4) as cluster:
-    cluster.add_node(num_cpus=2, num_gpus=2)
+    cluster.add_node(cpus=2, gpus=2)
     print("cluster", cluster.address, *(node.node_id for node in cluster.nodes), flush=True)
     sys.stdin.read()
 """

@@ -9,10 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import journal_lines
+from harness import eventually, journal_lines
 from jobs import Job, JobCluster
 
+pytestmark = pytest.mark.timeout(300)  # the cluster counts with the first story
+
 modes = [pytest.param(True, id="token"), pytest.param(False, id="no-token", marks=pytest.mark.slow)]
+
+
+#: For stories in which tokens make no difference.
+only_once = pytest.mark.parametrize("cluster", [True], indirect=True, ids=["token"])
 
 
 @pytest.fixture(scope="module", params=modes)
@@ -27,7 +33,7 @@ def cluster(request):
 
 def nothing_is_left(job: Job, until: float, *, port: int | None = None) -> None:
     while (left := job.leftovers(port=port)) and time.monotonic() < until:
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert not left
 
 
@@ -140,6 +146,18 @@ def test_job_stop_in_mid_run_leaves_nothing_though_a_rank_ignores_sigterm(cluste
 
 
 @pytest.mark.slow
+@only_once
+def test_job_stop_while_the_run_waits_for_room_leaves_nothing(cluster, tmp_path):
+    run = "raylaunch.run(time.sleep, args=(0,), num_workers=9, spares=0, run_id=run_id, log_dir=log_dir)\n"
+    job = Job(cluster, tmp_path, run)
+    job.submit_by_sdk()
+    eventually(lambda: "placement group" in str(job.leftovers()), "the run asks for room")
+    nothing_is_left(job, stop(job))
+    assert job.ended()["status"] == "STOPPED"
+
+
+@pytest.mark.slow
+@only_once
 def test_job_stop_waits_for_ranks_that_save_as_long_as_the_job_says(cluster, tmp_path):
     job = Job(cluster, tmp_path, f"deaf, saving, stop = False, 5, 20\n{TRAIN}{RUN}")
     job.runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] = "30"
@@ -157,7 +175,7 @@ def test_the_example_for_clusters_succeeds_as_a_job(cluster, tmp_path):
     job = Job(cluster, tmp_path, "")
     job.code = Path(__file__).parents[2] / "examples"
     checkpoints = tmp_path / "checkpoints"
-    job.entrypoint[1:] = ["on_a_cluster.py", "--workers=1:2", "--per-node=1", f"--checkpoints={checkpoints}"]
+    job.entrypoint[1:] = ["on_a_cluster.py", "--workers=1:2", "--steps=100", f"--checkpoints={checkpoints}"]
     job.submit_by_sdk()
     info = job.ended()
     until = time.monotonic() + 10
@@ -167,3 +185,29 @@ def test_the_example_for_clusters_succeeds_as_a_job(cluster, tmp_path):
     assert "journal" in job.log()
     assert (checkpoints / "checkpoint.pt").exists()
     nothing_is_left(job, until)
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_head_node_ends_the_run_on_the_other_nodes_too(tmp_path):
+    seconds = 10  # Ray's nodes wait 60 for their head by default
+    cluster = JobCluster(token=True, RAY_gcs_rpc_server_reconnect_timeout_s=str(seconds))
+    try:
+        cluster.add_node()
+        run = """
+raylaunch.run(
+    train, num_workers=2, workers_per_node=1, spares=1, run_id=run_id, log_dir=log_dir,
+    timeouts=raylaunch.Timeouts(lease=4),
+)
+"""
+        job = Job(cluster, tmp_path, f"deaf, saving = True, 0\n{TRAIN}{run}")
+        job.submit_by_sdk()
+        job.wait_for("port-0")
+        job.wait_for("port-1")
+        cluster.kill_head()
+        assert any("ray::WorkerActor" in one for one in job.processes())  # the other node's
+
+        # The other node has lost everybody who could end its rank: it ends itself, by its lease.
+        eventually(lambda: not any("ray::WorkerActor" in one for one in job.processes()), "the ranks are gone", 20)
+        eventually(lambda: not job.processes(), "all of the run is gone", seconds + 20)
+    finally:
+        cluster.end()
