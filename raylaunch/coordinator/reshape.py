@@ -49,6 +49,7 @@ def ask_for_growth(c: Coordinator) -> None:
     Pending units would take every freed resource from another job's group, or from our own minimum: so not while
     somebody else's group waits (both seen with Ray 2.60).
     """
+    _give_back_doubled(c)
     roster, bounds, gathering = c.roster, c.spec.bounds, c.gathering
     if gathering.ask_at is not None and c.now >= gathering.ask_at:
         gathering.ask_at = None
@@ -75,6 +76,20 @@ def ask_for_growth(c: Coordinator) -> None:
     for _ in range(min(missing, room)):
         c.request_group(1, minimum=False, avoid=avoid, only=only)
     c.gathering.last_growth_asked = c.now
+
+
+def _give_back_doubled(c: Coordinator) -> None:
+    """One unit a node: Ray may bring a lost bundle of the minimum back where a unit of growth is, which then goes."""
+    if c.spec.placement_strategy != "STRICT_SPREAD":
+        return
+    growth = [group for group in c.roster.groups.values() if not group.minimum and group.bundles[0].placed]
+    c.release_groups(
+        [
+            group
+            for group in growth
+            if len(c.roster.nodes[group.bundles[0].node].bundles) > 1 and not group.bundles[0].manned
+        ]
+    )
 
 
 def _shunned(c: Coordinator) -> tuple[str, ...]:

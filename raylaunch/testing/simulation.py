@@ -12,11 +12,12 @@ a reason that can be found among the faults. A failure is made smaller before it
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from raylaunch.coordinator import events as e
-from raylaunch.coordinator.commands import Command, Finish, Outcome, WakeAt
+from raylaunch.coordinator.commands import Command, Finish, Outcome, Promote, WakeAt
 from raylaunch.coordinator.invariants import check
 from raylaunch.coordinator.machine import Coordinator, Decision
 from raylaunch.coordinator.phase import Phase
@@ -215,6 +216,14 @@ class _Run:
             self.faults.coordinator_died = False
             self._replay()
 
+    def _check_spread(self, decision: Decision) -> None:
+        """With workers_per_node, no generation has two units on a node, wherever Ray brings lost bundles back."""
+        spec, workers = self.schedule.spec, self.cluster.workers
+        promoted = [command.worker for command in decision.commands if isinstance(command, Promote)]
+        sizes = Counter(workers[worker].node for worker in promoted)
+        alone = spec.placement_strategy != "STRICT_SPREAD" or set(sizes.values()) <= {spec.bounds.unit}
+        assert alone, f"more than one unit on a node: {dict(sizes)}"
+
     def _handle(self, event: e.Event) -> None:
         before = self.coordinator.generation
         decision = self.coordinator.handle(event)
@@ -223,6 +232,7 @@ class _Run:
             self.cluster.carry_out(command)
         self.witness.observe(event, decision)
         check(self.coordinator)
+        self._check_spread(decision)
         phase = self.coordinator.phase
         assert self.cluster.wake is not None or phase in _UNLIMITED, f"phase {phase.name} waits without a WakeAt"
         for command in decision.commands:

@@ -836,6 +836,41 @@ def test_spares_that_die_during_the_roll_call_are_not_waited_for():
     assert story.phase is Phase.RENDEZVOUS
 
 
+def test_a_lost_bundle_that_comes_back_where_growth_is_leaves_one_unit_a_node():
+    story = Story((1, 2), workers_per_node=1, timeouts={"min_generation_age": 0})
+    story.run("a")
+    (growth,) = story.all(c.RequestBundles)[1:]
+    story.place(growth.group, "b")
+    story.start()
+    story.wait(3)
+    story.start()
+    story.join()
+    assert story.coordinator.world_size == 2
+    story.warm()
+    spare = story.spare_of(1)
+    story.send(e.NodeLost, "a")
+    story.answer(spare)
+    story.join()
+    assert [place[0] for place in story.ranks()] == ["b"]
+    story.move(1, 0, "b")  # Ray 2.60 doesn't know that the two groups must not share a node
+    story.mark()
+    story.wait(1)
+    story.start()
+    story.wait(3)
+    story.start()
+    story.join()
+    assert story.coordinator.world_size == 1
+    assert [release.groups for release in story.new(c.ReleaseBundles)] == [(growth.group,)]
+    (again,) = story.new(c.RequestBundles)
+    assert again.avoid_nodes == ("b",)
+    story.place(again.group, "c")
+    story.start()
+    story.wait(3)
+    story.start()
+    story.join()
+    assert sorted(place[0] for place in story.ranks()) == ["b", "c"]
+
+
 # -- stopping --------------------------------------------------------------------------------------------------------
 
 
