@@ -16,7 +16,7 @@ from typing import Any
 import raylaunch
 from benchmarks.peers import Order
 from benchmarks.quiet import wait_until_quiet
-from benchmarks.session import Failed, Note, Session, kill, tree
+from benchmarks.session import Failed, NoEnd, Note, Session, kill, tree
 from benchmarks.table import OURS, Goal, Row, Sample
 
 #: Limits, in seconds. What takes longer has failed.
@@ -91,7 +91,7 @@ def start_and_kill(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
                 yield Sample("memory", peer.name, number, size)
             session.end(END_SECONDS)
         except Failed as failed:
-            if "the end" in str(failed):
+            if isinstance(failed, NoEnd):
                 recovered.pop()  # a recovery after which the run can't end is none
             yield Sample("kill", peer.name, number, None, str(failed))
         for seconds in recovered:
