@@ -124,7 +124,7 @@ class Launcher:
     a random one, is the launcher's in the cluster, and the beginning of its runs' ids: `name-1`, `name-2`.
 
     Attributes:
-        name: the launcher's name.
+        name: the launcher's name, by which `raylaunch.testing` finds its current run.
 
     Raises:
         ConfigError: an argument can't work. Nothing was started.

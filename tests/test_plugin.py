@@ -269,7 +269,7 @@ notes = Path(os.environ["NOTES"])
 
 def stays():
     import subprocess
-    subprocess.Popen(["sleep", "1002"])
+    subprocess.Popen(["sleep", "1002"], start_new_session=True)
     (notes / f"rank {raylaunch.get_context().rank}").touch()
     time.sleep(1000)
 

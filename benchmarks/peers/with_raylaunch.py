@@ -45,8 +45,7 @@ def main(folder: str) -> Any:
 
 def held(order: Order) -> None:
     """Several runs of one launcher, each into a folder of its own; all but the first find warm processes."""
-    held_launcher: Any = raylaunch.Launcher  # type: ignore[attr-defined] # until it is there
-    with cluster_for(order), held_launcher(num_workers=order.workers[1]) as launcher:
+    with cluster_for(order), raylaunch.Launcher(num_workers=order.workers[1]) as launcher:
         for number in range(order.options["held"]):
             folder = os.path.join(order.folder, f"run-{number}")
             os.makedirs(folder)

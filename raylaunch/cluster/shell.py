@@ -148,7 +148,10 @@ class Shell:
 
     def _post_release(self, reason: str) -> None:
         self._released = True
-        self.post(e.ReleaseRequested(time.monotonic(), reason))
+        if self._held or self._run is not None:
+            self.post(e.ReleaseRequested(time.monotonic(), reason))
+        elif not self._over:  # its run was taken back before it began: the coordinator knows of nothing
+            self._main_task.cancel()
 
     def _finished(self, command: do.Finish) -> None:
         run, self._run = self._run, None

@@ -18,24 +18,26 @@ import contextlib
 import glob
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
-from unittest import mock
 
 import ray
-import ray._common.utils
-import ray._private.utils
 import ray.exceptions
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from raylaunch.cluster.coordinator_actor import NAMESPACE, Member, Status, actor_name
 from raylaunch.errors import ConfigError
+from raylaunch.testing import reaper
 from raylaunch.testing.background_run import BackgroundRun
+from raylaunch.testing.reaper import KILL_SECONDS, MARK, processes
+from raylaunch.testing.surroundings import environment, no_address_file, set_environment, sigterm_untouched
 from raylaunch.worker.process_group import FAKE_GPUS
 
 #: Ray's health checks, made quicker than its defaults (5 s, 3 s, 10 s, 5 times), so that a dead node is declared dead
@@ -48,11 +50,9 @@ FAST_HEALTH_CHECKS = {
 }
 
 RAY_ADDRESS = "RAY_ADDRESS"
-#: In the environment of every process of a cluster, and of all that they start: whose they are.
-MARK = "RAYLAUNCH_LOCAL_CLUSTER"
 #: How long a run's coordinator may take to answer, in seconds: Ray restarts it in 1.7.
 STATUS_SECONDS = 30.0
-#: How long what was told to end may take to, in seconds.
+#: How long a run may take to end after its Ray session, in seconds.
 END_SECONDS = 10.0
 #: How long what has ended may take to give its resources back, in seconds.
 SETTLE_SECONDS = 5.0
@@ -90,6 +90,11 @@ class LocalCluster:
         self.address = self.log_dir = ""
         self._mark = uuid.uuid4().hex
         self._cluster = Cluster()
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", "-S", reaper.__file__, self._mark, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal doesn't reach it
+        )
         self._ray_address: str | None = None  # what the variable said before
         self._connected = self._changed = self._over = False
         try:
@@ -117,7 +122,7 @@ class LocalCluster:
         os.environ[RAY_ADDRESS] = self.address
         self._connected = True
         # Everything explicit: a bare ray.init() would take whatever cluster the machine's address file names.
-        with _sigterm_untouched():
+        with sigterm_untouched():
             ray.init(address=self.address, log_to_driver=False)
 
     def disconnect(self) -> None:
@@ -139,7 +144,7 @@ class LocalCluster:
                 thread.join(max(0.0, until - time.monotonic()))
             ray.shutdown()
         finally:
-            _set_environment({RAY_ADDRESS: self._ray_address})
+            set_environment({RAY_ADDRESS: self._ray_address})
         if alive := [thread.name for thread in runs if thread.is_alive()]:
             raise RuntimeError(f"{', '.join(alive)}: not over {END_SECONDS:g} s after Ray was shut down under them")
 
@@ -206,7 +211,7 @@ class LocalCluster:
         _check_count("cpus", cpus, 0)
         _check_count("gpus", gpus, 0)
         fake = {"env_vars": {FAKE_GPUS: "1"}} if gpus > len(glob.glob("/dev/nvidia[0-9]*")) else {}
-        with _no_address_file(), _sigterm_untouched(), _environment({MARK: self._mark, RAY_ADDRESS: None}):
+        with no_address_file(), sigterm_untouched(), environment({MARK: self._mark, RAY_ADDRESS: None}):
             node = self._cluster.add_node(num_cpus=cpus, num_gpus=gpus, **fake, **options)
         self.nodes.append(node)
         self._changed = True
@@ -275,10 +280,10 @@ class LocalCluster:
         finally:
             self.nodes.clear()
             try:
-                with _no_address_file():
+                with no_address_file():
                     self._cluster.shutdown()
             finally:
-                self._sweep()
+                self._reap()
 
     def __enter__(self) -> LocalCluster:  # noqa: PYI034 - Self is of Python 3.11
         return self
@@ -292,7 +297,7 @@ class LocalCluster:
 
     def _in_use(self) -> bool:
         """Whether anything of a run is left; what Ray alone knows, only while this process is connected."""
-        if any("RAYLAUNCH_RUN_ID" in environment for _, environment in self._processes()):
+        if any("RAYLAUNCH_RUN_ID" in environment for _, environment in processes(self._mark)):
             return True
         if not self._connected:
             return False
@@ -300,24 +305,13 @@ class LocalCluster:
         actors = ray.util.list_named_actors(all_namespaces=True)
         return bool(groups or actors or _amounts(ray.available_resources()) != _amounts(ray.cluster_resources()))
 
-    def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Every process that was started in the cluster, wherever it has gone, and its first environment."""
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="utf-8", errors="replace") as file:
-                environment = dict(entry.partition("=")[::2] for entry in file.read().split("\0"))
-                if environment.get(MARK) == self._mark:
-                    yield pid, environment
-
-    def _sweep(self) -> None:
+    def _reap(self) -> None:
         """End what is left of the cluster, and of what was started in it: a child in a session of its own."""
-        until = time.monotonic() + END_SECONDS
-        while left := [pid for pid, _ in self._processes()]:
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > until:
-                raise RuntimeError(f"processes {left} of the cluster have not ended {END_SECONDS:g} s after SIGKILL")
-            time.sleep(0.02)
+        assert self._reaper.stdin is not None, "it was given a pipe"
+        self._reaper.stdin.close()
+        if self._reaper.wait(2 * KILL_SECONDS) != 0:
+            left = [pid for pid, _ in processes(self._mark)]
+            raise RuntimeError(f"processes {left} of the cluster have not ended {KILL_SECONDS:g} s after SIGKILL")
 
     def _check_there(self) -> None:
         if self._over:
@@ -368,52 +362,6 @@ def _amounts(resources: dict[str, float]) -> dict[str, float]:
 def _run_threads() -> list[threading.Thread]:
     """The threads of runs that are going on in this process: shells, and background runs."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("raylaunch-")]
-
-
-@contextlib.contextmanager
-def _no_address_file() -> Iterator[None]:
-    """Ray 2.60's `Cluster` notes its address in the machine's address file, and removes the file in the end. Not here.
-
-    Both functions have no other caller while a cluster starts or ends.
-    """
-    with (
-        mock.patch.object(ray._private.utils, "write_ray_address"),  # noqa: SLF001 - it has no switch
-        mock.patch.object(ray._common.utils, "reset_ray_address"),  # noqa: SLF001
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _sigterm_untouched() -> Iterator[None]:
-    """Ray 2.60 takes SIGTERM over, ends its cluster and raises SystemExit, which pytest takes for one more failed test.
-
-    Nobody needs that: the kernel ends the processes of a cluster with the one that started them (PR_SET_PDEATHSIG).
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str | None]) -> Iterator[None]:
-    """This process's environment, changed for a while. None: the variable is not there."""
-    before = {name: os.environ.get(name) for name in variables}
-    _set_environment(variables)
-    try:
-        yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(variables: dict[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def _raylet_pid(node: Any) -> int:

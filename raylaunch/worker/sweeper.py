@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import raylaunch
 from raylaunch.coordinator.commands import Process
 from raylaunch.worker.processes import Watch, end_process, forget_last_words, strays, workers_in
 
@@ -26,7 +25,7 @@ def start_sweeper(token: str, directory: str, raylet: Process) -> subprocess.Pop
     """Start one, in a session of its own; it waits for as long as its stdin is open."""
     # Without the run's variables: it is no process of the run.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
-    environ["PYTHONPATH"] = str(Path(raylaunch.__file__).parents[1])
+    environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, "-S", "-m", __name__, token, directory, str(raylet.pid), str(raylet.started)],
         stdin=subprocess.PIPE,

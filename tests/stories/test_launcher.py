@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from test_coordinator_dies import kill_coordinator
 
 import raylaunch
 from raylaunch import ConfigError, LauncherClosedError, RunFailedError, Timeouts, journal
+from raylaunch.cluster.session import Session, Setup
+from raylaunch.spec import make_spec
 
 
 @pytest.fixture
@@ -237,6 +240,14 @@ def test_a_node_that_is_lost_between_the_runs_costs_the_next_one_nothing(two_nod
         result = held.run(who, max_restarts=0)
         assert (len(result), result.restarts) == (2, 0)
     two_nodes.add_node()
+
+
+def test_a_run_that_is_taken_back_before_it_begins_leaves_nothing(two_nodes, tmp_path):
+    spec, setup = make_spec(run_id="taken-back"), Setup((), None, (), None, tmp_path / "runs")
+    with Session(spec, setup, held=False):  # as after an interrupt in the moment between request and beginning
+        began = time.monotonic()
+    assert time.monotonic() - began < spec.timeouts.stop
+    eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
 
 
 # -- interrupts ------------------------------------------------------------------------------------------------------
