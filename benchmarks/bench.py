@@ -91,7 +91,11 @@ def session(name: str, peer: str, number: int, folder: str, options: argparse.Na
     kills = options.kills or (1 if options.quick else PEERS[peer].kills)
     place = os.path.join(folder, f"{number}-{name}-{peer.replace('/', '-')}")
     started = time.monotonic()
-    samples = list(SCENARIOS[name].run(replace(PEERS[peer], kills=kills), number, place))
+    samples: list[Sample] = []
+    try:
+        samples.extend(SCENARIOS[name].run(replace(PEERS[peer], kills=kills), number, place))
+    except Exception as error:  # a mistake of ours: to be seen in the table, and no reason to lose all the others
+        samples.append(Sample(SCENARIOS[name].what[0], peer, number, None, f"the benchmark itself: {error!r}"))
     print(f"round {number}  {name:7} {peer:22} {time.monotonic() - started:5.0f} s ", end="")
     for what in SCENARIOS[name].what:
         row = next(row for row in ROWS if row.what == what)

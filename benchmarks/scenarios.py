@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import raylaunch
 from benchmarks.peers import Order
 from benchmarks.quiet import wait_until_quiet
-from benchmarks.session import Failed, Note, Session, kill, tree
+from benchmarks.session import Failed, NoEnd, Note, Session, kill, tree
 from benchmarks.table import OURS, Goal, Row, Sample
 
 #: Limits, in seconds. What takes longer has failed.
@@ -91,7 +90,7 @@ def start_and_kill(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
                 yield Sample("memory", peer.name, number, size)
             session.end(END_SECONDS)
         except Failed as failed:
-            if "the end" in str(failed):
+            if isinstance(failed, NoEnd):
                 recovered.pop()  # a recovery after which the run can't end is none
             yield Sample("kill", peer.name, number, None, str(failed))
         for seconds in recovered:
@@ -124,9 +123,6 @@ def _check_spread(group: list[Note], doomed: list[int]) -> None:
 
 def held(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
     """Runs of one held launcher, one after the other; the first is not counted."""
-    if not hasattr(raylaunch, "Launcher"):
-        print("held: raylaunch.Launcher isn't there yet: left out")
-        return
     order = Order(folder, "once", restarts=0, options={**peer.options, "held": HELD_RUNS})
     with Session(peer.module, order, peer.environ) as session:
         try:

@@ -35,6 +35,10 @@ class Failed(Exception):  # noqa: N818 - a result, not an error of the benchmark
     """The peer did not do it; the text says what."""
 
 
+class NoEnd(Failed):
+    """The run was to end well, and didn't."""
+
+
 @dataclass(frozen=True)
 class Note:
     """What a rank wrote after its first all-reduce. See `benchmarks.work.note`."""
@@ -133,18 +137,18 @@ class Session:
         open(os.path.join(self.folder, name), "w", encoding="ascii").close()
 
     def end(self, seconds: float) -> None:
-        """Let the ranks return; the launcher must then leave with 0. Raises `Failed`."""
+        """Let the ranks return; the launcher must then leave with 0. Raises `NoEnd`."""
         self.say("stop")
         self.finish(seconds)
 
     def finish(self, seconds: float) -> None:
-        """Wait until the launcher leaves with 0. Raises `Failed`."""
+        """Wait until the launcher leaves with 0. Raises `NoEnd`."""
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise Failed(f"the end: not within {seconds:g} s") from None
+            raise NoEnd(f"the end: not within {seconds:g} s") from None
         if code:
-            raise Failed(f"the end: code {code}")
+            raise NoEnd(f"the end: code {code}")
 
     def processes(self) -> dict[int, str]:
         """The run's processes: pid to command line."""

@@ -104,7 +104,7 @@ def _goal(row: Row, peer: str, goal: Goal, medians: dict[str, float]) -> str:
     holds = reached >= goal.bound if goal.least else reached <= goal.bound
     verdict = "reached" if holds else "**missed**"
     sign = ">=" if goal.least else "<="
-    return f"{sign} {goal.bound:g}" + (f" x {goal.of} ({reached:.2f})" if goal.of else "") + f": {verdict}"
+    return f"{sign} {goal.bound:.3g}" + (f" x {goal.of} ({reached:.2f})" if goal.of else "") + f": {verdict}"
 
 
 def failures(samples: Iterable[Sample]) -> str:
