@@ -78,6 +78,7 @@ def test_killed_while_the_group_forms_the_run_goes_on(one_node, start, gate):
     assert run.result().generation == 1
 
 
+@pytest.mark.slow
 def test_killed_together_with_a_rank_the_group_re_forms(one_node, start, gate):
     run = start(step_until, args=(gate("enough"),), num_workers=2)
     victim = run.running().members[1].process.pid
@@ -120,6 +121,7 @@ def asks_whether_it_is_current(enough: Path, answers: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_when_nothing_else_happens_it_answers_is_current_again_before_long(one_node, start, gate):
     run = start(asks_whether_it_is_current, args=(gate("enough"), gate("answers")), num_workers=1)
     run.running()
@@ -151,6 +153,7 @@ def test_stopped_for_good_it_is_replaced_and_the_run_goes_on(one_node, start, ga
     assert run.result().restarts == 1
 
 
+@pytest.mark.slow
 def test_killed_while_the_run_is_being_stopped_the_stop_goes_on(one_node, tmp_path):
     folder = tmp_path / "runs"
     script = (

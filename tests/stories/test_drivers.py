@@ -191,6 +191,7 @@ def test_sigterm_stops_the_run_in_order_and_ends_the_script(one_node, drive):
     nothing_is_left(driver.log_dir)
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_ranks_the_time_that_timeouts_stop_promises(one_node, drive):
     driver = drive("""
 def train():
@@ -276,6 +277,7 @@ raylaunch.run(time.sleep, args=(0,), num_workers=9, spares=0, run_id=run_id, log
 # -- two at once -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_at_once_from_one_driver_and_from_two_do_not_disturb_each_other(one_node, start, drive, gate):
     other = drive("""
 def train():

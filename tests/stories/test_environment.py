@@ -89,6 +89,7 @@ def raylaunch_host() -> str:
     return ray.util.get_node_ip_address()
 
 
+@pytest.mark.slow
 def test_copy_env_changes_what_is_copied_and_env_goes_over_it(two_nodes, start, driver_env):
     run = start(environment, copy_env=("MY_*", "HF_*", "*RANK", "SLURM_*", "RAY_*"), env={"HF_HOME": "/mine"})
     ((env, threads),) = run.result()
@@ -221,6 +222,7 @@ def test_with_virtual_local_rank_each_sees_only_its_own_gpus(two_nodes, train_on
     assert len({device for _, devices in result for device in devices}) == 4
 
 
+@pytest.mark.slow
 def test_the_workers_of_one_bundle_share_its_list_and_each_has_its_own(two_nodes, train_on_gpus):
     first, second = train_on_gpus(num_workers=2, workers_per_node=2)
     assert first[1] == second[1]

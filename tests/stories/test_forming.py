@@ -74,6 +74,7 @@ def test_a_worker_that_dies_just_after_joining_is_one_more_recovery(one_node, st
     assert "killed by SIGKILL" in result.recoveries[0].cause
 
 
+@pytest.mark.slow
 def test_a_worker_that_never_joins_is_a_timeout_that_names_phase_and_rank(one_node, start, gate):
     trap = Trap(wait_to_be_killed, gate("waits"))
     run = start(returns_generation, args=(trap,), num_workers=2, max_restarts=0, timeouts=Timeouts(process_group=2))

@@ -163,6 +163,7 @@ def test_submitted_runs_follow_one_another_and_leaving_waits_for_them(two_nodes,
     assert heard == [f"{held.name}-4"]
 
 
+@pytest.mark.slow
 def test_an_exception_that_leaves_the_block_stops_what_runs_and_what_would_have_run(two_nodes, launcher, gate):
     with contextlib.suppress(ZeroDivisionError), launcher() as held:
         running = held.submit(step_until, args=(gate("never"),))
@@ -189,6 +190,7 @@ def test_outside_of_its_block_a_launcher_says_so(two_nodes, launcher):
         pass
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_refused_and_the_launcher_goes_on(two_nodes, launcher):
     for arguments, words in (
         ({"num_workers": 0}, "num_workers=0: must be at least 1"),
@@ -215,6 +217,7 @@ def test_what_cannot_work_is_refused_and_the_launcher_goes_on(two_nodes, launche
 # -- what is lost between the runs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_spare_and_the_coordinator_that_die_between_the_runs_cost_the_next_one_nothing(two_nodes, launcher, tmp_path):
     with launcher() as held:
         status(two_nodes, held, "held", spares=2)
@@ -242,6 +245,7 @@ def test_a_node_that_is_lost_between_the_runs_costs_the_next_one_nothing(two_nod
     two_nodes.add_node()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_taken_back_before_it_begins_leaves_nothing(two_nodes, tmp_path):
     spec, setup = make_spec(run_id="taken-back"), Setup((), None, (), None, tmp_path / "runs")
     with Session(spec, setup, held=False):  # as after an interrupt in the moment between request and beginning

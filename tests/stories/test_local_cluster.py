@@ -90,6 +90,7 @@ def test_what_a_background_run_raises_reaches_the_test(one_node):
     assert isinstance(run.error(), raylaunch.ConfigError)
 
 
+@pytest.mark.slow
 def test_whoever_leaves_the_cluster_can_come_back(one_node, start):
     """Last in this file: while it is away, the environment is as it was."""
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -27,27 +27,28 @@ def test_a_lost_node_shrinks_the_run_at_once_and_a_new_one_lets_it_grow(two_node
     run = start(
         step_until,
         args=(gate("enough"),),
-        num_workers=(2, 4),
+        num_workers=(1, 2),
+        resources_per_worker=WHOLE_NODE,
         spares="auto",
         timeouts=Timeouts(min_generation_age=0),
     )
-    full = run.running(spares=4)
+    full = run.running(spares=2)
     assert len(set(node_ids(full))) == 2
     two_nodes.kill_node(other_node(two_nodes))
     shrunk = run.running(generation=2)
-    assert len(shrunk.members) == 2
+    assert len(shrunk.members) == 1
     assert set(node_ids(shrunk)) == {two_nodes.nodes[0].node_id}
     two_nodes.add_node()
     grown = run.running(generation=3)
-    assert len(grown.members) == 4
+    assert len(grown.members) == 2
     assert len(set(node_ids(grown))) == 2
     gate("enough").touch()
     result = run.result()
-    assert [rank for rank, _, _ in result] == [0, 1, 2, 3]
+    assert [rank for rank, _, _ in result] == [0, 1]
     (recovery,) = result.recoveries
-    assert recovery.world_size == 2
+    assert recovery.world_size == 1
     assert "node" in recovery.cause
-    assert "lost with ranks" in recovery.cause
+    assert "lost with rank" in recovery.cause
     assert result.restarts == 1  # the lost node is one failure; growth is free
 
 
@@ -75,6 +76,7 @@ def test_a_fixed_run_waits_for_room_and_goes_on_when_a_node_has_come(two_nodes, 
     assert "lost with rank" in result.recoveries[0].cause
 
 
+@pytest.mark.slow
 def test_below_the_minimum_the_run_fails_with_a_reason_when_no_room_comes(two_nodes, start, gate):
     run = start(
         step_until,

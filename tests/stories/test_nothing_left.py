@@ -85,7 +85,7 @@ def up(driver: Driver, number: int) -> list[Path]:
     return eventually(lambda: len(found := list(driver.gates.glob("up-*[0-9]"))) >= number and found, "ranks are up")
 
 
-@pytest.mark.parametrize("stopped", [pytest.param("", id="all run"), "stopped"])
+@pytest.mark.parametrize("stopped", [pytest.param("", id="all run"), pytest.param("stopped", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "phase", ["forming", "running", pytest.param("re-forming", marks=pytest.mark.slow), "tearing down"]
 )

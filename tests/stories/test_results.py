@@ -117,6 +117,7 @@ def raises_a_lot():
     raise Diverged("loss is nan", b"w" * (50 * MEGABYTE))
 
 
+@pytest.mark.slow
 def test_an_exception_of_50_mb_is_told_without_being_sent_around(one_node, start):
     run = start(raises_a_lot, max_restarts=0)
     error = run.error()

@@ -109,7 +109,7 @@ except raylaunch.RaylaunchError as error:
         driver.end()
 
 
-@pytest.mark.parametrize("package", ["torch", "ray"])
+@pytest.mark.parametrize("package", ["torch", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_node_with_another_version_is_named_with_both_before_anything_forms(one_node, start, tmp_path, package):
     (tmp_path / f"{package}-9.9.9.dist-info").mkdir()
     text = f"Metadata-Version: 2.1\nName: {package}\nVersion: 9.9.9\n"
@@ -134,7 +134,7 @@ def test_a_runtime_env_that_cannot_be_set_up_is_told(one_node, start, tmp_path):
     assert "/no/such/archive.zip" in str(error)
 
 
-@pytest.mark.parametrize("placement", [0, 2])
+@pytest.mark.parametrize("placement", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_more_workers_than_the_cluster_can_hold_are_refused_with_what_it_has(one_node, start, placement):
     asked = time.monotonic()
     run = start(returns_one, num_workers=9, timeouts=Timeouts(placement=placement))
@@ -231,6 +231,7 @@ def test_what_ray_itself_refuses_is_refused_before_anything_starts(one_node, sta
     assert next(iter(arguments)) in str(error)
 
 
+@pytest.mark.slow
 def test_a_runtime_env_that_ray_refuses_later_is_an_error_that_says_so(one_node, start, tmp_path):
     missing = str(tmp_path / "missing")
     error = start(lambda: None, num_workers=1, runtime_env={"working_dir": missing}).error(30)
