@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +26,7 @@ QUICK = ("import", "kill", "held", "pulse")
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: what runs is cleaned up first
     options = arguments()
     text = report(read(options.table or measure(options)))
     print(f"\n{text}")
