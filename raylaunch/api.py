@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,8 @@ from raylaunch.spec import Timeouts, budget, make_spec, spelling_checked
 from raylaunch.worker.env import DEFAULT_COPY_ENV
 
 if TYPE_CHECKING:
+    from concurrent import futures
+
     from raylaunch.cluster.run import Run
     from raylaunch.cluster.session import Session
 
@@ -256,6 +257,8 @@ class Launcher:
         assert session is not None, "what is left was entered"
         try:
             if kind is None:
+                from concurrent import futures
+
                 futures.wait([run.future for run in list(self._requested)])
         except BaseException as interrupt:
             session.__exit__(type(interrupt), interrupt, interrupt.__traceback__)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-from raylaunch.coordinator.commands import Recovery
+if TYPE_CHECKING:  # `import raylaunch` stays light
+    from raylaunch.coordinator.commands import Recovery
 
 
 @dataclass(frozen=True)

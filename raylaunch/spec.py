@@ -12,8 +12,8 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ParamSpec, TypeVar
@@ -293,7 +293,7 @@ def _spares(spares: Any) -> int:
 
 def _run_id(run_id: Any, argument: str) -> str:
     if run_id is None:
-        return uuid.uuid4().hex[:10]
+        return os.urandom(5).hex()
     if not isinstance(run_id, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id):
         raise ConfigError(f"{argument}={run_id!r}: must be 1 to 64 letters, digits, '.', '_' or '-', the first no sign")
     return run_id

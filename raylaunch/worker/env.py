@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import struct
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raylaunch.coordinator.commands import Assignment
 from raylaunch.errors import ConfigError
+
+if TYPE_CHECKING:  # `import raylaunch` stays light
+    from raylaunch.coordinator.commands import Assignment
 
 #: What of the driver's environment reaches functions, unless `copy_env=` says otherwise: the knobs of the libraries
 #: that training uses, because people set them in front of the command and expect every rank to see them. Not PATH,
@@ -184,6 +185,8 @@ def interface_of(address: str) -> str | None:
     """The network interface that owns this IPv4 address; None when none has it as its first address."""
     if address.startswith("127."):
         return "lo"  # the whole block is the loopback's, whatever address it was given
+    import socket
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
