@@ -108,6 +108,7 @@ def test_what_is_imported():
     assert one.outcomes() == {"test_what_is_imported": "PASSED"}, one.said()
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page(session):
     """docs/testing.md: both files, as they stand there."""
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)

@@ -60,7 +60,8 @@ def last_words_directory(run_id: str) -> str:
     """
     node = ray._private.worker._global_node  # noqa: SLF001
     session = node.get_session_dir_path() if node is not None else tempfile.gettempdir()
-    return os.path.join(session, "raylaunch", run_id)
+    # One for each node: several may be on one machine, and have one session folder.
+    return os.path.join(session, "raylaunch", f"{run_id}-{ray.get_runtime_context().get_node_id()}")
 
 
 class NodeAgent:

@@ -50,7 +50,9 @@ def sweep(token: str, directory: str, raylet: Process) -> None:
                     watch.kill()
             gone = {worker for worker, watch in watches.items() if watch.wait(0 if ray_lives.alive() else END_SECONDS)}
             for process, worker in found:
-                if worker not in watches or worker in gone:
+                with Watch(worker) as watch:  # it may be another node's: several may be on one machine
+                    ended = not watch.alive()
+                if ended:
                     end_process(process, END_SECONDS)
             for worker in gone:
                 forget_last_words(directory, worker)

@@ -86,7 +86,7 @@ HARM = {
         ("os._exit(7)", "exited with code 7"),
         ("SIGKILL", "killed by SIGKILL"),
         pytest.param("SIGTERM", "killed by SIGTERM", marks=pytest.mark.slow),
-        ("SIGSEGV", "killed by SIGSEGV"),
+        pytest.param("SIGSEGV", "killed by SIGSEGV", marks=pytest.mark.slow),
     ],
 )
 def test_whichever_way_a_rank_ends_the_group_re_forms_and_the_true_cause_is_told(one_node, start, gate, harm, told):

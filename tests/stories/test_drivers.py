@@ -54,6 +54,7 @@ def listens(port: int) -> bool:
 # -- where run() is called from --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_script_keeps_functions_values_and_exceptions_of_its_own(one_node, drive):
     driver = drive("""
 import dataclasses

@@ -135,6 +135,7 @@ def stop(job: Job) -> float:
     return until
 
 
+@pytest.mark.slow
 def test_job_stop_in_mid_run_leaves_nothing_though_a_rank_ignores_sigterm(cluster, tmp_path):
     job = Job(cluster, tmp_path, f"deaf, saving, stop = True, 0, 600\n{TRAIN}{RUN}")
     port = start_training(job)

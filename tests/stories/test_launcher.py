@@ -109,6 +109,7 @@ def dies(until: Path | None = None):
     return context.restart_count
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_followed_by_one_with_its_full_budget(two_nodes, launcher, gate):
     with launcher() as held:
         with pytest.raises(Diverged, match="loss is nan") as raised:
@@ -142,6 +143,7 @@ def test_a_run_in_a_launcher_for_which_there_is_no_room_fails_alone(two_nodes, l
 # -- submit ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_submitted_runs_follow_one_another_and_leaving_waits_for_them(two_nodes, launcher, gate):
     heard = []
     with launcher() as held:

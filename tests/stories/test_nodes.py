@@ -52,6 +52,7 @@ def test_a_lost_node_shrinks_the_run_at_once_and_a_new_one_lets_it_grow(two_node
     assert result.restarts == 1  # the lost node is one failure; growth is free
 
 
+@pytest.mark.slow
 def test_without_spares_a_lost_node_shrinks_the_run_too(two_nodes, start, gate):
     run = start(step_until, args=(gate("enough"),), num_workers=(1, 2), resources_per_worker=WHOLE_NODE, grow=False)
     run.running()
@@ -63,6 +64,7 @@ def test_without_spares_a_lost_node_shrinks_the_run_too(two_nodes, start, gate):
     assert len(run.result()) == 1
 
 
+@pytest.mark.slow
 def test_a_fixed_run_waits_for_room_and_goes_on_when_a_node_has_come(two_nodes, start, gate):
     run = start(step_until, args=(gate("enough"),), num_workers=2, resources_per_worker=WHOLE_NODE)
     run.running()

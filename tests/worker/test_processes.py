@@ -182,8 +182,8 @@ def worker(python, tmp_path):
     """Starts a process that does as a worker does, with a program and a fork of its own, both in their own sessions."""
     pids: list[int] = []
 
-    def start(token: str):
-        process = python(STARTS_SOME, token, str(tmp_path / "words"))
+    def start(token: str, words: str = "words"):
+        process = python(STARTS_SOME, token, str(tmp_path / words))
         children = [int(pid) for pid in process.stdout.readline().split()]
         pids.extend(children)
         return process, {Process(pid, start_time(pid)) for pid in children}
@@ -232,6 +232,17 @@ def test_when_the_raylet_goes_too_the_sweeper_ends_the_workers_even_stopped_ones
     raylet.kill()
     sweeper.communicate()
     assert not any(alive(one) for one in (who, *children))
+
+
+def test_a_sweeper_leaves_another_nodes_workers_on_the_same_machine_alone(worker, sleeper, tmp_path):
+    raylet = sleeper()
+    (mine, children), (other, others) = worker("run-1", "words"), worker("run-1", "other node's words")
+    who = identity(mine)
+    sweeper = start_sweeper("run-1", str(tmp_path / "words"), identity(raylet))
+    raylet.kill()
+    sweeper.communicate()
+    assert not any(alive(one) for one in (who, *children))
+    assert all(alive(one) for one in (identity(other), *others))
 
 
 def test_while_its_agent_lives_the_sweeper_touches_nothing(worker, sleeper, tmp_path):
