@@ -172,6 +172,12 @@ def test_an_exception_named_in_no_retry_ends_the_run_at_once(one_node, start):
 def test_with_a_warm_spare_a_killed_rank_is_replaced_by_it(one_node, start, gate):
     run = start(train_until, args=(gate("open"),), num_workers=2, spares="auto")
     before = run.running(spares=2)
+    ranks = {member.process.pid for member in before.members.values()}
+    spares = {event["pid"] for event in run.events("WorkerStarted")} - ranks
+    assert len(spares) == 2
+    for pid in spares:  # warm, and without a hand on a GPU
+        assert "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+        assert not [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(fd).startswith("/dev/nvidia")]
     one_node.kill_worker(run.id, 1)
     after = run.running(generation=2)
     gate("open").touch()
