@@ -157,7 +157,8 @@ def has_children(enough: Path, gates: Path) -> int:
     return context.world_size
 
 
-@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [False, True])
 def test_a_killed_raylet_leaves_nothing_on_its_node(two_nodes, start, tmp_path, gate, stopped):
     pids = tmp_path / "pids"
     pids.mkdir()

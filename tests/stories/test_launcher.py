@@ -274,6 +274,7 @@ def drive(two_nodes, tmp_path):
     eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_run_and_the_next_one_follows_on_the_same_workers(drive):
     driver = drive("""
 def train():

@@ -155,6 +155,7 @@ def test_workers_per_node_spreads_the_units_over_different_nodes(two_nodes, star
     assert len(run.result()) == 2
 
 
+@pytest.mark.slow
 def test_a_generation_younger_than_its_least_age_is_not_ended_in_order_to_grow(two_nodes, start, gate):
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
