@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,36 @@ def leftovers(log_dir: Path) -> list[str]:
         if info["name"].startswith("raylaunch:") and info["state"] != "REMOVED":
             left.append(f"placement group {info['name']} {info['state']}")
     return left
+
+
+def nothing_is_left(log_dir: Path, seconds: float = 10.0, *, pids: Sequence[int] = (), port: int | None = None) -> None:
+    """Of the runs whose journals lie there, of these processes, and on this port, nothing is left before long."""
+
+    def left() -> list[str]:
+        # A process that looks ended still has its sockets while its last thread is on its way out.
+        others = [f"process {pid}" for pid in pids if runs(pid)] + ([f"port {port}"] if port and listens(port) else [])
+        return leftovers(log_dir) + others
+
+    until = time.monotonic() + seconds
+    while (found := left()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not found, f"left after {seconds:g} s: {found}"
+
+
+def listens(port: int) -> bool:
+    """Whether anybody listens there."""
+    connections = psutil.net_connections("tcp")
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
+
+
+def actor_pids(node: Any, name: str) -> list[int]:
+    """The processes of the actors of this class on a node, by its raylet's children."""
+    found = []
+    for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def _same_process(pid: int, started: int) -> bool:

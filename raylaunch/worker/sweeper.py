@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 from raylaunch.coordinator.commands import Process
 from raylaunch.worker.processes import Watch, end_process, forget_last_words, strays, workers_in
@@ -21,12 +22,12 @@ from raylaunch.worker.processes import Watch, end_process, forget_last_words, st
 END_SECONDS = 3.0
 
 
-def start_sweeper(token: str, directory: str, raylet: Process) -> subprocess.Popen[bytes]:
-    """Start one, in a session of its own; it waits for as long as its stdin is open."""
+def start_sweeper(token: str, directory: str, raylet: Process) -> IO[bytes]:
+    """Start one, in a session of its own; it waits for as long as what is returned is open."""
     # Without the run's variables: it is no process of the run.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
     environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    return subprocess.Popen(
+    starter = subprocess.Popen(
         [sys.executable, "-S", "-m", __name__, token, directory, str(raylet.pid), str(raylet.started)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -34,6 +35,9 @@ def start_sweeper(token: str, directory: str, raylet: Process) -> subprocess.Pop
         cwd="/",
         env=environ,
     )
+    starter.wait()
+    assert starter.stdin is not None
+    return starter.stdin
 
 
 def sweep(token: str, directory: str, raylet: Process) -> None:
@@ -70,6 +74,8 @@ def sweep(token: str, directory: str, raylet: Process) -> None:
 def main() -> None:
     """The process's own beginning and end."""
     token, directory, pid, started = sys.argv[1:]
+    if os.fork():  # nobody's child: Ray 2.60 kills a worker's children when the worker leaves in order
+        os._exit(0)
     os.read(0, 1)
     sweep(token, directory, Process(int(pid), int(started)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import eventually, leftovers, runs
+from harness import actor_pids, eventually, leftovers, runs
 from steps import step_until
 
 import raylaunch
@@ -25,17 +24,12 @@ LONGEST_GAP = 1.0
 
 def coordinator_pid(cluster) -> int:
     """The process of the coordinator actor: the only one below this cluster's first raylet."""
-    raylet = psutil.Process(cluster.nodes[0].all_processes["raylet"][0].process.pid)
 
     def find():
-        found = []
-        for process in raylet.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "CoordinatorActor" in " ".join(process.cmdline()):
-                    found.append(process.pid)
-        return found
+        found = actor_pids(cluster.nodes[0], "CoordinatorActor")
+        return found if len(found) == 1 else None
 
-    (pid,) = eventually(lambda: len(found := find()) == 1 and found, "the coordinator's process")
+    (pid,) = eventually(find, "the coordinator's process")
     return pid
 
 

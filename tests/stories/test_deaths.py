@@ -10,9 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from harness import eventually
+from harness import actor_pids, eventually
 from steps import any_rank
 
 import raylaunch
@@ -218,22 +217,16 @@ def test_two_ranks_killed_in_the_same_moment_are_one_failure(one_node, start, ga
     assert "killed by SIGKILL" in result.recoveries[0].cause
 
 
-def agent_pid(cluster) -> int | None:
-    """The process of the node's agent, if there is one."""
-    raylet = psutil.Process(cluster.nodes[0].all_processes["raylet"][0].process.pid)
-    found = [p.pid for p in raylet.children() if p.is_running() and "NodeAgent" in " ".join(p.cmdline())]
-    return found[0] if found else None
-
-
 @pytest.mark.slow
 def test_a_dead_node_agent_is_replaced_and_costs_the_training_nothing(one_node, start, gate):
     run = start(train_until, args=(gate("open"),), num_workers=2)
     run.running()
-    dead = agent_pid(one_node)
+    (node,) = one_node.nodes
+    (dead,) = actor_pids(node, "NodeAgent")
     os.kill(dead, signal.SIGKILL)
     one_node.kill_worker(run.id, 1)  # while nobody watches: Ray's word is enough
     run.running(generation=2)
-    eventually(lambda: agent_pid(one_node) not in (None, dead), "another agent is there")
+    eventually(lambda: set(actor_pids(node, "NodeAgent")) - {dead}, "another agent is there")
     one_node.kill_worker(run.id, 0)
     run.running(generation=3)
     gate("open").touch()

@@ -9,10 +9,9 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from drivers import Driver
-from harness import eventually, leftovers
+from harness import eventually, leftovers, listens, nothing_is_left
 from steps import step_until
 
 import raylaunch
@@ -33,22 +32,6 @@ def drive(one_node, tmp_path):
     yield drive
     for driver in drivers:
         driver.end()
-
-
-def nothing_is_left(log_dir: Path, seconds: float = 10.0, *, port: int | None = None) -> None:
-    def left() -> list[str]:
-        # A process that looks ended still has its sockets while its last thread is on its way out.
-        return leftovers(log_dir) + ([f"port {port}"] if port and listens(port) else [])
-
-    until = time.monotonic() + seconds
-    while left() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not left()
-
-
-def listens(port: int) -> bool:
-    connections = psutil.net_connections("tcp")
-    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
 
 
 # -- where run() is called from --------------------------------------------------------------------------------------

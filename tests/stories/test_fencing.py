@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import eventually, runs
+from harness import actor_pids, eventually, runs
 from steps import any_rank, step_until
 from test_coordinator_dies import coordinator_pid
 
@@ -169,10 +169,9 @@ def test_a_killed_raylet_leaves_nothing_on_its_node(two_nodes, start, tmp_path, 
     there = eventually(lambda: len(found := list(pids.glob(f"1-{rank}-*"))) == 3 and found, "its children are there")
     if stopped:
         two_nodes.pause_worker(run.id, rank)
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    agents = [child.pid for child in raylet.children() if "NodeAgent" in " ".join(child.cmdline())]
+    agents = actor_pids(node, "NodeAgent")
     assert agents
-    raylet.kill()
+    node.all_processes["raylet"][0].process.kill()
     gone = agents + [int(path.name.rpartition("-")[2]) for path in there]
     eventually(lambda: not any(runs(pid) for pid in gone), "nothing of it is left", 10)
     two_nodes.forget_node(node)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from drivers import Driver
-from harness import eventually, leftovers, runs
+from harness import eventually, nothing_is_left
 
 SECONDS = 10.0
 
@@ -76,17 +75,6 @@ def pids_in(gates: Path) -> list[int]:
     return [int(path.name.removeprefix("pid-")) for path in gates.glob("pid-*") if path.suffix != ".part"]
 
 
-def nothing_is_left(log_dir: Path, pids: list[int]) -> None:
-    def left() -> list[str]:
-        return leftovers(log_dir) + [f"process {pid} of rank or child" for pid in pids if runs(pid)]
-
-    assert pids
-    until = time.monotonic() + SECONDS
-    while left() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not left()
-
-
 def up(driver: Driver, number: int) -> list[Path]:
     """Wait until so many ranks, of all generations, have all their children."""
     return eventually(lambda: len(found := list(driver.gates.glob("up-*[0-9]"))) >= number and found, "ranks are up")
@@ -113,6 +101,10 @@ def test_a_driver_that_is_killed_leaves_nothing(one_node, tmp_path, phase, stopp
             driver.signal(signal.SIGINT)
             driver.wait_for_event("StopRequested")
         driver.signal(signal.SIGKILL)
-        nothing_is_left(driver.log_dir, pids_in(driver.gates))
+        pids = pids_in(driver.gates)
+        assert len(pids) == 8  # of each rank: itself, a program, a fork, a DataLoader's worker
+        nothing_is_left(driver.log_dir, SECONDS, pids=pids)
+        notes = Path(one_node.log_dir).parent / "raylaunch"
+        eventually(lambda: not list(notes.glob(f"{driver.run_id}-*")), "the sweeper is done")
     finally:
         driver.end()
