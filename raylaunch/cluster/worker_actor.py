@@ -39,12 +39,13 @@ from raylaunch.worker import process_group
 from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_function
 from raylaunch.worker.processes import REPLACED, LastWords, end_process, start_time, token_of
 
-#: Why a worker ends itself that is told by its pulse that it should not be there any more: no cause of anything.
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
 #: ... and before that, this long to be ended by the node's agent, which sees how it ended.
 PREDECESSOR_PATIENCE = 0.3
-#: Creating the first DistributedDataParallel imports this (torch 2.13): some 1.1 s of a core, which a recovery saves.
+#: Creating the first DistributedDataParallel imports this (torch 2.13): some 1.1 s of a core, which a recovery and a
+#: planned change save. Where nobody waits for the worker it is part of getting warm, and not beside it:
+#: `init_process_group` waits for the end of an import that has begun.
 SPARES_IMPORT = "torch._dynamo"
 #: How much nicer than the ranks a spare is while it imports and training goes on.
 GENTLE = 4
@@ -148,6 +149,9 @@ class WorkerActor:
                     importlib.import_module(name)
             except BaseException as error:
                 errors.append(error)
+            if gently:
+                with contextlib.suppress(Exception):  # train_fn will meet it itself, if it needs it
+                    importlib.import_module(SPARES_IMPORT)
 
         thread = threading.Thread(target=work, name="raylaunch-warm")
         thread.start()
@@ -158,8 +162,6 @@ class WorkerActor:
             trace = "".join(traceback.format_exception(errors[0]))
             return Ending(EndKind.CANNOT_WORK, message=text, traceback=trace, fatal=True)
         self._store, port = process_group.open_store(self._host)
-        if gently:
-            threading.Thread(target=_warm_more, name="raylaunch-warm-more", daemon=True).start()
         return Warm(port, _memory_available(), _memory_used())
 
     def answer(self) -> None:
@@ -286,13 +288,6 @@ def _be_nice() -> None:
     thread = threading.get_native_id()
     niceness = os.getpriority(os.PRIO_PROCESS, thread) + GENTLE  # Ray 2.60's workers have 15 already
     os.setpriority(os.PRIO_PROCESS, thread, min(19, niceness))
-
-
-def _warm_more() -> None:
-    """What a spare imports while it waits; it counts as ready without."""
-    _be_nice()
-    with contextlib.suppress(Exception):  # train_fn will meet it itself, if it needs it
-        importlib.import_module(SPARES_IMPORT)
 
 
 def _is_current(coordinator: Any, generation: int, seconds: float) -> bool:

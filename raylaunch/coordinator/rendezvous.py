@@ -49,8 +49,9 @@ class Gathering:
     last_growth_asked: float = float("-inf")
     tell_at: float = 0.0
     told: int = 0
-    #: A planned change: it must not make the group smaller, so it waits for every seat that is on its way.
-    planned: bool = False
+    #: A planned change: the units that stay and those that were ready. It must not make the group smaller than that, so
+    #: it waits for them; what else is on its way gets the last call, since nobody trains meanwhile.
+    expected: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def decide(c: Coordinator) -> GiveUp | None:
         form(c)
         return None
     if usable >= bounds.min_units:
-        _last_call(c)
+        _last_call(c, usable)
         return None
     g.min_since = None
     if g.ask_at is not None:  # nothing has been asked for: that is not the cluster's lack of room
@@ -99,7 +100,7 @@ def decide(c: Coordinator) -> GiveUp | None:
     return _wait(c)
 
 
-def _last_call(c: Coordinator) -> None:
+def _last_call(c: Coordinator, usable: int) -> None:
     g, last_call = c.gathering, c.spec.timeouts.last_call
     if g.min_since is None:
         _account(c, "")
@@ -107,7 +108,7 @@ def _last_call(c: Coordinator) -> None:
     until = c.now
     if c.roster.standings[Standing.COMING]:
         until = g.min_since + max(last_call, g.min_since - g.since)
-        if g.planned:
+        if usable < g.expected:
             until = g.since + c.spec.timeouts.start
     if not c.generation and c.roster.asked > c.roster.reserved + c.roster.minimum_pending:
         until = max(until, g.last_growth_asked + last_call)

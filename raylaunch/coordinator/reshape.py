@@ -180,10 +180,12 @@ def _warm(c: Coordinator, plan: Plan) -> bool:
 
 def _carry_out(c: Coordinator, plan: Plan) -> None:
     before = c.world_size
+    staying = sum(bundle.manned and _stays(c, bundle) for bundle in c.roster.bundles())
+    expected = staying + c.roster.unmanned[Standing.USABLE]
     endings.end_generation(c)
     c.tell(f"generation {c.generation} ({before} workers) ended in order to re-form: {plan.reason}", Level.WARNING)
     rendezvous.begin(c)
-    c.gathering.planned = True
+    c.gathering.expected = expected
 
 
 # -- spares ----------------------------------------------------------------------------------------------------------

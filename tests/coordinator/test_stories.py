@@ -667,6 +667,38 @@ def test_growth_without_spares_waits_for_the_seats_that_it_has_emptied():
     assert (story.generation, story.coordinator.world_size) == (2, 4)
 
 
+def two_units_placed(story: Story) -> tuple[int, int]:
+    """Two new nodes have room; returns the workers that start there."""
+    first, second = [r.group for r in story.all(c.RequestBundles) if not r.minimum]
+    story.wait(20)
+    story.place(first, "y")
+    story.place(second, "z")
+    one, other = sorted(story.due())
+    return one, other
+
+
+def test_nodes_that_join_together_are_taken_in_together():
+    story = Story((2, 4)).run("a", "b").warm()
+    one, other = two_units_placed(story)
+    story.start(one)
+    story.wait(1.9)
+    assert (story.phase, story.generation) == (Phase.RUNNING, 1)
+    story.start(other)
+    assert (story.phase, story.generation, story.coordinator.world_size) == (Phase.FORMING, 2, 4)
+
+
+@pytest.mark.parametrize("last_call", [0.0, 1.0])
+def test_a_new_node_that_is_slow_keeps_a_warm_group_down_no_longer_than_a_last_call(last_call: float):
+    story = Story((2, 4), timeouts={"last_call": last_call}).run("a", "b").warm()
+    one, slow = two_units_placed(story)
+    story.start(one)
+    story.start(slow, get_ready=False)
+    story.wait(1.99)
+    assert (story.phase, story.generation) == (Phase.RUNNING, 1)
+    story.wait(0.02 + last_call)
+    assert (story.phase, story.generation, story.coordinator.world_size) == (Phase.FORMING, 2, 3)
+
+
 def test_growth_waits_until_the_generation_is_old_enough():
     story = Story((2, 3), timeouts={"min_generation_age": 10}).run("a", "b")
     grown(story)

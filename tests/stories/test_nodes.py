@@ -52,6 +52,39 @@ def test_a_lost_node_shrinks_the_run_at_once_and_a_new_one_lets_it_grow(two_node
     assert result.restarts == 1  # the lost node is one failure; growth is free
 
 
+def test_two_nodes_that_join_are_taken_in_by_one_re_formation_within_five_seconds(
+    two_nodes, start, gate, tmp_path, record_property
+):
+    """From Ray's word that the second has room to the first step of all four. A slow hour may take longer, but never
+    longer than two launches: the new workers' start and import is what there is to wait for.
+    """
+    (tmp_path / "steps").mkdir()
+    run = start(
+        step_until,
+        args=(gate("enough"), tmp_path / "steps"),
+        num_workers=(1, 4),
+        resources_per_worker=WHOLE_NODE,
+        spares="auto",
+        timeouts=Timeouts(min_generation_age=0),
+    )
+    assert len(run.running(spares=2).members) == 2
+    added = [two_nodes.add_node(), two_nodes.add_node()]
+    grown = run.running(generation=2)
+    assert sorted(node_ids(grown)) == sorted(node.node_id for node in two_nodes.nodes)
+    steps = [tmp_path / "steps" / f"2-{rank}" for rank in range(4)]
+    run.wait_until(lambda: all(step.exists() and "\n" in step.read_text() for step in steps), "a step of all four")
+    gate("enough").touch()
+    result = run.result()
+    assert (len(result), result.restarts, result.recoveries) == (4, 0, ())
+    free = run.events("BundlesPlaced")[-1]["at"]
+    first_steps = [float(step.read_text().split()[3]) for step in steps]
+    launch = run.events("WorkerJoined")[1]["at"] - run.events("BundlesPlaced")[0]["at"]
+    record_property("seconds", round(max(first_steps) - free, 2))
+    assert max(first_steps) - free < max(5.0, 2 * launch)
+    for node in added:
+        two_nodes.kill_node(node)
+
+
 @pytest.mark.slow
 def test_without_spares_a_lost_node_shrinks_the_run_too(two_nodes, start, gate):
     run = start(step_until, args=(gate("enough"),), num_workers=(1, 2), resources_per_worker=WHOLE_NODE, grow=False)
