@@ -353,6 +353,8 @@ class Hands:
                 if agent.restarts > AGENT_RESTARTS:
                     return
                 await asyncio.sleep(AGENT_RESTART_SECONDS)
+                if not ray.is_initialized():  # or Ray 2.60 would start a new session for the call
+                    return
                 agent.actor = self._new_agent(node)
                 for hand in self._hands.values():
                     if hand.node == node and not hand.lost:

@@ -211,6 +211,7 @@ class Shell:
         try:
             if self._held:
                 self.post(e.HoldRequested(time.monotonic(), self._spec))
+            await self._wakeup.wait()  # for the request: what the cluster has been through comes after it
             self._background.start(self._survey())
             self._background.start(self._listen_for_silence())
             while not self._over:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from harness import eventually, journal_lines
 from steps import step_until
 
 import raylaunch
@@ -83,6 +84,27 @@ def test_two_nodes_that_join_are_taken_in_by_one_re_formation_within_five_second
     assert max(first_steps) - free < max(5.0, 2 * launch)
     for node in added:
         two_nodes.kill_node(node)
+
+
+def length_of(data: bytes) -> int:
+    return len(data)
+
+
+def test_what_happened_to_the_cluster_before_the_run_comes_after_its_request(two_nodes, start):
+    """With 200 MB of arguments to put away first, the look at the nodes is done before the run is requested."""
+    import ray
+
+    lost = two_nodes.add_node()
+    two_nodes.kill_node(lost)
+    eventually(
+        lambda: any(node["NodeID"] == lost.node_id and not node["Alive"] for node in ray.nodes()), "Ray knows that"
+    )
+    run = start(length_of, args=(bytes(200_000_000),), num_workers=2)
+    assert list(run.result()) == [200_000_000] * 2
+    events = [line["event"] for line in journal_lines(run.journal) if "event" in line]
+    assert events[0] == "RunRequested"
+    assert "NodeLost" in events
+    assert "InternalError" not in run.journal.read_text()
 
 
 @pytest.mark.slow
