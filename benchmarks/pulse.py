@@ -1,8 +1,8 @@
 """What the pulses of 1,024 workers cost: a real coordinator actor of a run of that size, and real calls.
 
-Some processes send as many pulses per second as 1,024 workers would, at the interval that the coordinator itself asks
-for; the kernel's account of the actor's processor time says what they cost. What this leaves out is the upkeep of
-1,024 connections. `bench.py` runs it, as one of its sessions.
+Some processes send as many pulses per second as the agents of 128 nodes would, each for its eight workers, at the
+interval that the coordinator itself asks for; the kernel's account of the actor's processor time says what they cost.
+What this leaves out is the upkeep of 128 connections. `bench.py` runs it, as one of its sessions.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ SECONDS = 12.0
 
 @ray.remote(num_cpus=0)
 class Caller:
-    """Stands for its share of the workers."""
+    """Stands for its share of the nodes' agents."""
 
-    def __init__(self, coordinator: Any, workers: list[int]) -> None:
-        self._coordinator, self._workers = coordinator, workers
+    def __init__(self, coordinator: Any, nodes: list[list[int]]) -> None:
+        self._coordinator, self._nodes = coordinator, nodes
 
     def send(self, rate: float, seconds: float) -> int:
-        """So many pulses per second, for so long, each awaited as workers do; how many there were."""
+        """So many pulses per second, for so long, each awaited as agents do; how many there were."""
         started, sent = time.monotonic(), 0
         while time.monotonic() < started + seconds:
-            ray.get(self._coordinator.pulse.remote(self._workers[sent % len(self._workers)]))
+            ray.get(self._coordinator.pulse.remote(self._nodes[sent % len(self._nodes)]))
             sent += 1
             time.sleep(max(0.0, started + sent / rate - time.monotonic()))
         return sent
@@ -50,14 +50,15 @@ def main(folder: str) -> None:
     with cluster_for(order):
         coordinator = start_coordinator("pulse", Timeouts(), owns_job=True)
         workers = form(coordinator)
-        interval = ray.get(coordinator.pulse.remote(workers[0])).interval
-        callers = [Caller.remote(coordinator, workers[n::CALLERS]) for n in range(CALLERS)]  # type: ignore[attr-defined]
+        nodes = [workers[n : n + PER_NODE] for n in range(0, WORKERS, PER_NODE)]
+        interval = ray.get(coordinator.pulse.remote(nodes[0])).interval
+        callers = [Caller.remote(coordinator, nodes[n::CALLERS]) for n in range(CALLERS)]  # type: ignore[attr-defined]
         ray.get([caller.send.remote(10.0, 1.0) for caller in callers])  # connections are made here
         (pid,) = [pid for pid in tree(os.getpid()) if command_of(pid).startswith("ray::CoordinatorActor")]
         used, started = processor_seconds(pid), time.monotonic()
-        sent = sum(ray.get([caller.send.remote(WORKERS / interval / CALLERS, SECONDS) for caller in callers]))
+        sent = sum(ray.get([caller.send.remote(len(nodes) / interval / CALLERS, SECONDS) for caller in callers]))
         used, lasted = processor_seconds(pid) - used, time.monotonic() - started
-        share = used / sent * WORKERS / interval
+        share = used / sent * len(nodes) / interval
         found = {"share": share, "seconds_per_pulse": used / sent, "interval": interval, "rate": sent / lasted}
         order.tell("pulse", found)
         print(found)

@@ -24,6 +24,7 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raylaunch.cluster.pulse import PulseReply, Pulses
 from raylaunch.coordinator.commands import Process
 from raylaunch.coordinator.events import Event
 from raylaunch.coordinator.machine import Coordinator, Decision
@@ -33,28 +34,12 @@ from raylaunch.spec import Timeouts
 
 NAMESPACE = "raylaunch"
 
-#: One pulse costs the coordinator some 0.3 ms of a core; with this many seconds per worker between pulses, all of them
-#: together cost it less than a tenth of one.
-PULSE_SECONDS_PER_WORKER = 0.003
-#: ... and no worker sends them faster than this, in seconds.
-SHORTEST_PULSE_SECONDS = 1.0
-
 
 @dataclass(frozen=True)
 class Behind:
     """The coordinator has handled events up to `seq` only; it wants the later ones first."""
 
     seq: int
-
-
-@dataclass(frozen=True)
-class PulseReply:
-    """What a worker learns from its pulse."""
-
-    #: Seconds until the next pulse is due.
-    interval: float
-    #: The worker has been replaced: it should not be there any more.
-    ended: bool
 
 
 @dataclass(frozen=True)
@@ -93,13 +78,11 @@ class CoordinatorActor:
 
     def __init__(self, run_id: str, timeouts: Timeouts, driver_pid: int, owns_job: bool) -> None:
         self._run_id = run_id
-        self._timeouts = timeouts
         self._machine = Coordinator()
         self._seq = 0
         self._last: dict[int, Decision] = {}
         self._restored = asyncio.Event()
-        self._seen: dict[int, float] = {}  # worker -> its last pulse, on this process's monotonic clock
-        self._reported: dict[int, int] = {}  # worker -> how many thresholds of silence have been reported
+        self._pulses = Pulses(timeouts)
         if not owns_job:
             self._watch_driver(driver_pid)
 
@@ -126,17 +109,17 @@ class CoordinatorActor:
         except InternalError as error:  # by the machine's promise nothing has changed
             return self._machine.refuse(error)
 
-    async def pulse(self, worker: int) -> PulseReply:
-        """A worker is alive, and has its coordinator."""
-        self._seen[worker] = time.monotonic()
-        self._reported.pop(worker, None)
-        workers = self._machine.roster.workers if self._restored.is_set() else {}
-        # A lease must hold several pulses, whatever that costs.
-        interval = max(SHORTEST_PULSE_SECONDS, len(workers) * PULSE_SECONDS_PER_WORKER)
-        interval = min(interval, self._timeouts.lease / 4, self._timeouts.unresponsive / 4)
-        known = workers.get(worker)
-        ended = self._restored.is_set() and (known is None or known.state is WorkerState.DYING)
-        return PulseReply(interval, ended)
+    async def pulse(self, workers: list[int]) -> PulseReply:
+        """These workers are alive, and have their coordinator: a node's agent speaks for them, or one for itself."""
+        self._pulses.heard(workers, time.monotonic())
+        if not self._restored.is_set():
+            return PulseReply(self._pulses.interval(0), ())
+        roster = self._machine.roster
+        known = [roster.workers.get(worker) for worker in workers]
+        ended = [
+            n for n, record in zip(workers, known, strict=True) if record is None or record.state is WorkerState.DYING
+        ]
+        return PulseReply(self._pulses.interval(len(roster.nodes)), tuple(ended))
 
     async def is_current(self, generation: int) -> bool:
         """Whether a generation may commit. A coordinator that is not restored yet doesn't know, and waits."""
@@ -161,21 +144,10 @@ class CoordinatorActor:
 
         A worker is reported when it has been silent for its lease (told to the user) and for `timeouts.unresponsive`.
         """
-        thresholds = sorted((self._timeouts.lease, self._timeouts.unresponsive))
         while True:
-            await asyncio.sleep(min(1.0, thresholds[0] / 4))
-            now, silent = time.monotonic(), []
+            await asyncio.sleep(self._pulses.patience)
             workers = self._machine.roster.workers if self._restored.is_set() else {}
-            self._seen = {worker: at for worker, at in self._seen.items() if worker in workers}
-            for worker, record in workers.items():
-                if record.state in (WorkerState.STARTING, WorkerState.DYING):
-                    continue
-                seconds = now - self._seen.setdefault(worker, now)
-                passed = sum(seconds >= threshold for threshold in thresholds)
-                if passed > self._reported.get(worker, 0):
-                    self._reported[worker] = passed
-                    silent.append((worker, seconds))
-            if silent:
+            if silent := self._pulses.silent(workers, time.monotonic()):
                 return silent
 
     def _watch_driver(self, pid: int) -> None:

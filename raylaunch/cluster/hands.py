@@ -161,7 +161,8 @@ class Hands:
                     devices,
                 )
             )
-            warm: Warm | Ending = await hand.actor.warm.remote(gently=command.gently)
+            agent = self._agents.get(hand.node)
+            warm: Warm | Ending = await hand.actor.warm.remote(agent and agent.actor, gently=command.gently)
         except Exception as error:
             return self._lost(hand, ending_from(error))
         if isinstance(warm, Ending):
@@ -328,7 +329,7 @@ class Hands:
     def _new_agent(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
         return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(
-            self._spec.run_id, self._config.token
+            self._spec.run_id, self._config.token, self._config.coordinator
         )
 
     async def _listen(self, node: str) -> None:

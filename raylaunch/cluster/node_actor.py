@@ -3,7 +3,7 @@
 Ray tells that a worker is gone, but not how, and nothing at all of an idle spare. The agent holds a pidfd of each
 worker on its node: it hears of a death at once, asks the kernel how it was (Linux 6.15 and later; else the worker's
 last words), and ends what Ray's own kill doesn't reach: a stopped process, children in sessions of their own.
-It imports neither torch nor the user's code, and decides nothing.
+It speaks for its workers to the coordinator. It imports neither torch nor the user's code, and decides nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
+from raylaunch.cluster.pulse import NodePulse
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.processes import (
@@ -67,8 +69,9 @@ def last_words_directory(run_id: str) -> str:
 class NodeAgent:
     """One node's agent. Every public method is called remotely, by the shell."""
 
-    def __init__(self, run_id: str, token: str) -> None:
+    def __init__(self, run_id: str, token: str, coordinator: Any) -> None:
         self._token = token
+        self._pulse = NodePulse(coordinator)
         self._directory = last_words_directory(run_id)
         self._watches: dict[int, Watch] = {}
         self._processes: dict[int, Process] = {}
@@ -100,6 +103,10 @@ class NodeAgent:
         self._changed.clear()
         deaths, self._deaths = self._deaths, []
         return deaths
+
+    async def pulse(self, worker: int) -> bool:
+        """A worker is alive; answered when the coordinator has been told. Whether the worker has been replaced."""
+        return await self._pulse.beat(worker)
 
     async def ask_to_stop(self, workers: list[int]) -> None:
         """SIGTERM to workers' processes."""

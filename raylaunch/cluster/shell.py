@@ -217,7 +217,7 @@ class Shell:
             while not self._over:
                 await self._wakeup.wait()
                 self._wakeup.clear()
-                if not ray.is_initialized():
+                if not ray.is_initialized():  # the survey sees that
                     raise ConfigError("ray.shutdown() was called under the run: its workers are gone with the session")
                 await self._handle_inbox()
             await self._deliveries.finish(EXCEPTION_SECONDS)
@@ -330,6 +330,7 @@ class Shell:
                 self.post(e.OthersWaiting(now, seen.others_waiting))
             dead, draining, waiting = seen.dead, seen.draining, seen.others_waiting
             await asyncio.sleep(max(SURVEY_SECONDS, seen.nodes / SURVEY_NODES_PER_SECOND))
+        self._wakeup.set()  # nothing else tells the loop that the session is gone: Ray's futures stay open for ever
 
     async def _listen_for_silence(self) -> None:
         """Post the pulses that stay away."""

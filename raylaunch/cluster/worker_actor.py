@@ -5,7 +5,7 @@ handlers and asyncio.run work in train_fn:
 
     hello -> warm -> (answer ...) -> join -> run -> collect
 
-A side thread sends the pulse. How train_fn ended is a value, not a Ray error, so that nothing of it is lost.
+A side thread keeps up the pulse. How train_fn ended is a value, not a Ray error, so that nothing of it is lost.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import ray.cloudpickle
 import ray.exceptions
 
 from raylaunch.cluster.node_actor import last_words_directory
+from raylaunch.cluster.pulse import WorkerPulse
 from raylaunch.cluster.shipping import unpack
 from raylaunch.context import Context, enter_context
 from raylaunch.coordinator.commands import Assignment, Process
@@ -37,7 +38,7 @@ from raylaunch.version import __version__
 from raylaunch.worker import env as worker_env
 from raylaunch.worker import process_group
 from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_function
-from raylaunch.worker.processes import REPLACED, LastWords, end_process, start_time, token_of
+from raylaunch.worker.processes import LastWords, end_process, start_time, token_of
 
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
@@ -130,15 +131,18 @@ class WorkerActor:
         self._terminated = False
         self._training = False
         self._last_words.leave_when_asked(self._what_it_fails_with)
-        arguments = (worker, config, self._last_words)
-        threading.Thread(target=_pulse, args=arguments, name="raylaunch-pulse", daemon=True).start()
+        self._pulse = WorkerPulse(worker, config.coordinator, config.lease, self._last_words)
 
     def hello(self) -> Hello:
         """Where this process is."""
         return Hello(ray.get_runtime_context().get_node_id(), self._host, self._process, versions())
 
-    def warm(self, *, gently: bool) -> Warm | Ending:
-        """Import what train_fn will need, and open the store that the group may use. Touches no GPU."""
+    def warm(self, agent: Any, *, gently: bool) -> Warm | Ending:
+        """Import what train_fn will need, and open the store that the group may use. Touches no GPU.
+
+        From here on the node's agent speaks for this worker.
+        """
+        self._pulse.agent = agent
         errors: list[BaseException] = []
 
         def work() -> None:
@@ -301,30 +305,6 @@ def _is_current(coordinator: Any, generation: int, seconds: float) -> bool:
         except ray.exceptions.RayActorError:
             time.sleep(0.2)  # it is being restarted, and Ray has no event for that
     return False
-
-
-def _pulse(worker: int, config: WorkerConfig, last_words: LastWords) -> None:
-    """Tell the coordinator that this worker lives; end the process when it has been replaced, or its lease is over.
-
-    A process that was stopped, or a long hold of the GIL, makes the lease look over: so one more try comes first.
-    """
-    contact, interval = time.monotonic(), 1.0
-    while True:
-        over = time.monotonic() - contact > config.lease
-        try:
-            reply = ray.get(config.coordinator.pulse.remote(worker), timeout=min(5.0, config.lease / 2))
-            if reply.ended:
-                _end(last_words, REPLACED)
-            contact, interval = time.monotonic(), reply.interval
-        except Exception:  # restarting, unreachable or gone: the lease tells which
-            if over:
-                _end(last_words, f"its lease of {config.lease:g} s without contact to the coordinator is over")
-        time.sleep(interval)
-
-
-def _end(last_words: LastWords, reason: str) -> NoReturn:
-    print(f"raylaunch: this worker ends itself: {reason}", file=sys.stderr, flush=True)  # noqa: T201 - its own log
-    last_words.exit(1, reason)
 
 
 def _memory_available() -> int:

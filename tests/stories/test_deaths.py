@@ -222,6 +222,7 @@ def test_a_dead_node_agent_is_replaced_and_costs_the_training_nothing(one_node, 
     run = start(train_until, args=(gate("open"),), num_workers=2)
     run.running()
     (node,) = one_node.nodes
+    eventually(lambda: len(actor_pids(node, "NodeAgent")) == 1, "an earlier run's agent is gone")
     (dead,) = actor_pids(node, "NodeAgent")
     os.kill(dead, signal.SIGKILL)
     one_node.kill_worker(run.id, 1)  # while nobody watches: Ray's word is enough

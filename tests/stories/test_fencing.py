@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -127,6 +128,34 @@ def test_a_worker_without_its_coordinator_for_a_lease_ends_itself_and_the_run_re
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_workers_speak_for_themselves_when_their_nodes_agent_does_not(two_nodes, start, gate, how):
+    """The agent is stopped, or is killed, and so are those that follow it: the training goes on past several leases."""
+    lease = 2.0
+    timeouts = Timeouts(lease=lease, unresponsive=2 * lease)
+    run = start(step_until, args=(gate("enough"),), num_workers=2, timeouts=timeouts)
+    run.running()
+    until, hurt = time.monotonic() + 4 * lease, set()
+
+    def hurt_agents() -> bool:
+        for pid in {pid for node in two_nodes.nodes for pid in actor_pids(node, "NodeAgent")} - hurt:
+            hurt.add(pid)
+            with contextlib.suppress(ProcessLookupError):  # an earlier run's, just about to go
+                os.kill(pid, how)
+        return time.monotonic() > until
+
+    run.wait_until(hurt_agents, "the end of some leases")
+    assert hurt
+    if how == signal.SIGSTOP:
+        for pid in hurt:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    gate("enough").touch()
+    result = run.result()
+    assert (result.generation, result.restarts) == (1, 0)
+
+
+@pytest.mark.slow
 def test_two_nodes_that_die_together_are_one_re_formation(two_nodes, start, gate):
     while len(two_nodes.nodes) < 3:
         two_nodes.add_node()
@@ -140,6 +169,7 @@ def test_two_nodes_that_die_together_are_one_re_formation(two_nodes, start, gate
     assert result.restarts == 1
     assert result.recoveries[-1].world_size == 2
     assert "lost" in result.recoveries[-1].cause
+    two_nodes.add_node()
 
 
 def has_children(enough: Path, gates: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import pytest
 from steps import step_until
@@ -88,6 +89,19 @@ def test_what_a_background_run_raises_reaches_the_test(one_node):
     with pytest.raises(ConfigError, match="did you mean 'num_workers'"):
         run.result()
     assert isinstance(run.error(), raylaunch.ConfigError)
+
+
+@pytest.mark.slow
+def test_a_run_under_which_the_session_is_closed_says_so_though_nothing_has_happened_for_long(one_node, start, gate):
+    run = start(step_until, args=(gate("never"),), num_workers=2)
+    run.running()
+    quiet = 7.0  # seconds: what is told in the beginning is told by then
+    run.wait_until(lambda: time.time() - run.journal.stat().st_mtime > quiet, "a steady run")
+    one_node.disconnect()
+    try:
+        assert "ray.shutdown() was called under the run" in str(run.error(5))
+    finally:
+        one_node.connect()
 
 
 @pytest.mark.slow
