@@ -91,8 +91,10 @@ def _end() -> None:
     ray.kill(ray.get_runtime_context().current_actor)
 
 
-def find_rendezvous(job: str) -> Any:
-    """The actor of this job, which is started if there is none. Every agent finds the same."""
+def find_rendezvous(job: str, *, start: bool) -> Any:
+    """The actor of this job. Every agent finds the same. If there is none: `start` it, or raise ValueError."""
+    if not start:
+        return ray.get_actor(rendezvous_name(job), namespace=NAMESPACE)
     remote_class: Any = ray.remote(RendezvousActor)
     return remote_class.options(
         name=rendezvous_name(job),

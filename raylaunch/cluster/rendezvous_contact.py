@@ -45,6 +45,7 @@ class Contact:
         self._actor: Any = None
         self._trouble = ""
         self._heard = time.monotonic()
+        self._parting_until = float("inf")
         loop = asyncio.get_running_loop()
         loop.add_reader(connection.fileno(), self._read)
         # A fork of the agent may hold the pipe open when the agent is gone.
@@ -57,15 +58,17 @@ class Contact:
         while self._report is not None:
             report = self._report
             self._news.clear()
+            if report.leaving:
+                self._parting_until = min(self._parting_until, time.monotonic() + PARTING_SECONDS)
             answer = await self._ask(report)
             if answer is not None:
                 self._heard, self._trouble = time.monotonic(), ""
                 if answer != self._known:
                     self._known = answer
                     self._tell(answer)
-            if report.leaving:
+            if report.leaving and (answer is not None or time.monotonic() >= self._parting_until):
                 return
-            lost = self._lost(report)
+            lost = "" if report.leaving else self._lost(report)
             if lost:
                 self._tell(Lost(lost))
                 return
@@ -85,17 +88,14 @@ class Contact:
     async def _call(self, report: Report) -> Answer | None:
         try:
             if self._actor is None:
-                if report.leaving:  # not worth a new actor
-                    return None
-                self._actor = await asyncio.to_thread(find_rendezvous, self._job)
+                self._actor = await asyncio.to_thread(find_rendezvous, self._job, start=not report.leaving)
             answer: Answer = await self._actor.contact.remote(report, self._known)
         except Exception as error:  # Ray's of many kinds: the actor is gone, or being restarted, or was never made
             self._actor = None
             self._trouble = str(error).strip()
             if isinstance(error, ActorDiedError) and "creation task" in self._trouble:
                 self._heard = float("-inf")  # no other attempt can do better
-            elif not report.leaving:
-                await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
             return None
         return answer
 

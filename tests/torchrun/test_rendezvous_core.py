@@ -203,8 +203,8 @@ def test_an_agent_with_other_bounds_is_refused() -> None:
     b = Agent(job, "b", replace(job.settings, min_agents=1, last_call=7.5))
     a.join()
     assert b.join().refusal is Refusal.DISAGREES
-    expected = "this node's settings are not those of the others: min_agents=1, the others 2; last_call=7.5, the others 5"
-    assert b.answer.reason == expected
+    differ = "min_agents=1, the others 2; last_call=7.5, the others 5"
+    assert b.answer.reason == f"this node's settings are not those of the others: {differ}"
     b.leave()
     job.agent("c").join()
     job.wait(5.1, a)
@@ -227,7 +227,7 @@ def test_a_lost_member_ends_the_round_though_nobody_waits() -> None:
 
 def test_a_silent_member_is_lost() -> None:
     job = Job(1, 2)
-    a, b = job.round_of("a", "b")
+    _a, b = job.round_of("a", "b")
     job.wait(SILENCE - 1.5, b)
     assert not b.look().reform
     job.wait(4.5, b)
@@ -524,7 +524,8 @@ class AnyOrder(RuleBasedStateMachine):
     def holds(self) -> None:
         job, core = self.job, self.job.core
         low, high = job.settings.min_agents, job.settings.max_agents
-        formed = [agent for agent in self.agents if agent.report.place and agent.look().formed and not agent.answer.reform]
+        taken = [agent for agent in self.agents if agent.report.place]
+        formed = [agent for agent in taken if agent.look().formed and not agent.answer.reform]
         rounds = {(agent.place.round, agent.place.host, agent.place.port, agent.place.size) for agent in formed}
         assert len(rounds) <= 1, "two rounds at once"
         assert len({agent.place.rank for agent in formed}) == len(formed), "two agents with one rank"
