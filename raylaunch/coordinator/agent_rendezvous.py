@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 #: How long agents that are known to come back are waited for, in seconds, once the minimum is there: torch 2.13 gives
 #: workers 30 s after SIGTERM, and waits 30 s more for those that SIGKILL doesn't end at once.
 RETURN_SECONDS = 60.0
+#: How long a core that has lost its memory waits for agents that it has forgotten, in reports that each should send.
+RECALL_REPORTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Wish:
     """An agent wants to be in the next round. Its store is open there already, in case that it becomes rank 0."""
 
     number: int  # counts the agent's wishes
+    after: int  # the round that the agent was in last; 0: in none
     host: str
     port: int
     timeout: float
@@ -257,16 +260,26 @@ class AgentRendezvous:
             self._lose(agent, report.leaving)
         elif report.place is not None:
             self._learn(report.agent, report.place)
+        elif report.wish is not None and report.wish.after > self.round:
+            self._remember(report.wish.after, f"{report.name} starts its workers anew")
         return True
 
+    def _remember(self, number: int, over: str) -> None:
+        """This core has lost its memory, and is told of a round; of its members only as they report."""
+        self.round, self.size, self.places, self.over = number, 0, {}, over
+        self._learnt_at = self._gathering_since = self.now
+        self._reasons.append(f"there was a round {number}")
+        self._take_back()
+
     def _learn(self, agent: str, place: Place) -> None:
-        """An agent has taken its place; in a round that this core knows nothing of, if it has lost its memory."""
+        """An agent has taken its place."""
         if place.round > self.round:
-            self.round, self.size, self.places, self.over = place.round, place.size, {}, ""
-            self._store, self._learnt_at = (place.host, place.port), self.now
-            self._reasons.append(f"round {place.round} goes on")
-        if (place.round, place.size, place.host, place.port) == (self.round, self.size, *self._store):
-            self.places.setdefault(agent, place)
+            self._remember(place.round, "")
+        if place.round == self.round and self.size == 0:
+            self.size, self._store = place.size, (place.host, place.port)
+        same = (place.round, place.size, place.host, place.port) == (self.round, self.size, *self._store)
+        if same and agent not in self.places and all(place.rank != other.rank for other in self.places.values()):
+            self.places[agent] = place
 
     def _lose(self, agent: _Agent, why: str) -> None:
         """An agent is gone."""
@@ -307,11 +320,13 @@ class AgentRendezvous:
         self.over = why
         self._gathering_since, self._minimum_since = self.now, None
         self._reasons.append(f"round {self.round} is over: {why}")
-        for name, place in self.places.items():
-            agent = self._agents[name]
-            wish = agent.report.wish
-            if wish is not None and agent.report.place != place:  # it has not taken its place, and needs no new wish
-                agent.served = min(agent.served, wish.number - 1)
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """Places that have not been taken yet are given no more: those wishes wait again."""
+        for agent in self._agents.values():
+            if agent.report.wish is not None:
+                agent.served = min(agent.served, agent.report.wish.number - 1)
 
     def _gather(self, settings: Settings) -> None:
         """Form the next round, or wait for more."""
@@ -334,6 +349,7 @@ class AgentRendezvous:
                 until = self._minimum_since + settings.last_call
             elif self._away():  # stopping their workers
                 until = self._gathering_since + max(RETURN_SECONDS, settings.last_call)
+            until = max(until, self._learnt_at + RECALL_REPORTS * settings.keep_alive)
             until = min([until, *map(self._deadline, waiting)])
         if self.now < until:
             self._wake_at(until)

@@ -59,6 +59,7 @@ class RayRendezvousHandler(RendezvousHandler):  # type: ignore[misc]  # torch's 
         self._report = Report(agent=uuid.uuid4().hex, name=name, number=0, settings=self._conf.settings)
         self._answer: Answer | None = None  # to this report
         self._wishes = 0
+        self._round = 0
 
     def get_backend(self) -> str:
         """See base class."""
@@ -84,12 +85,13 @@ class RayRendezvousHandler(RendezvousHandler):  # type: ignore[misc]  # torch's 
         while True:
             self._wishes += 1
             server, port = open_store(self._host)
-            wish = Wish(self._wishes, self._host, port, self._conf.join_timeout)
+            wish = Wish(self._wishes, self._round, self._host, port, self._conf.join_timeout)
             self._send(contact, wish=wish, place=None)
             place, store = self._take_place(contact, server)
             del server
             self._send(contact, wish=None, place=place)
             answer = self._wait(contact, lambda answer: answer.formed or answer.reform)
+            self._round = place.round
             if not answer.reform:
                 return self._info(place, store)
             logger.warning("rendezvous %s: round %d broke up: %s", self._conf.job, place.round, answer.reason)

@@ -33,7 +33,7 @@ class Agent:
     def __init__(self, job: Job, name: str, settings: Settings) -> None:
         self.job = job
         self.report = Report(name, name, 0, settings)
-        self.wishes = 0
+        self.wishes = self.round = 0
         self.answer = Answer(0)
         self.restarts = 0
 
@@ -53,7 +53,8 @@ class Agent:
     def join(self, timeout: float = JOIN) -> Answer:
         """Call `next_rendezvous`."""
         self.wishes += 1
-        return self.say(wish=Wish(self.wishes, f"host-{self.report.agent}", self.wishes, timeout), place=None)
+        after = self.round = self.report.place.round if self.report.place else self.round
+        return self.say(wish=Wish(self.wishes, after, f"host-{self.report.agent}", self.wishes, timeout), place=None)
 
     def take(self) -> Answer:
         """Take the place that it has been given."""
@@ -427,6 +428,32 @@ def test_a_member_lost_together_with_the_core_is_missed() -> None:
     assert not a.look().reform
     job.wait(2, a)
     assert (a.look().reform, a.answer.reason) == (True, "1 of its 2 nodes have not reported")
+
+
+def test_a_member_that_starts_anew_is_the_first_that_a_new_core_hears_of() -> None:
+    job = Job(1, 4)
+    a, b, _c = job.round_of("a", "b", "c")
+    forget(job)
+    b.join()  # and _c is gone
+    assert b.look().place is None  # nobody knows that there is an a
+    a.repeat()
+    assert (a.answer.reform, a.answer.reason) == (True, "b starts its workers anew")
+    job.wait(5, a, b)
+    assert b.look().place is None
+    a.join()
+    assert ranks(a, b) == [(0, 2), (1, 2)]
+    assert a.place.round == 2
+
+
+def test_a_new_core_does_not_wait_for_ever_for_what_it_has_forgotten() -> None:
+    job = Job(1, 4)
+    a, _b = job.round_of("a", "b")
+    forget(job)
+    a.join()
+    job.wait(2.9, a)
+    assert a.look().place is None
+    job.wait(0.2, a)
+    assert ranks(a) == [(0, 1)]
 
 
 def test_a_newcomer_that_a_new_core_hears_of_first() -> None:
