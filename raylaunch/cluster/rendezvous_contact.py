@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +33,9 @@ from raylaunch.coordinator.agent_rendezvous import Answer, Connected, Lost, Repo
 RETRY_SECONDS = 0.3
 #: How long an agent's last report may take, in seconds.
 PARTING_SECONDS = 5.0
+#: How long a cluster may take to come up when its nodes start together with the agents, in seconds.
+LISTENER_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Contact:
@@ -138,7 +143,11 @@ class Contact:
 def main() -> None:
     """Arguments: the pipe's file descriptor, the agent's pid, Ray's address, the job."""
     connection, agent_pid, address, job = Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    _die_with_parent(signal.SIGKILL)
+    if os.getppid() != agent_pid:
+        return
     try:
+        _await_listener(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         connection.send(Lost(f"can't connect to Ray at {address!r}: {error}"))
@@ -149,6 +158,29 @@ def main() -> None:
     connection.send(Connected(ray.util.get_node_ip_address()))
 
     async def keep() -> None:
-        await Contact(connection, agent_pid, job).keep()
+        contact = Contact(connection, agent_pid, job)
+        _die_with_parent(0)  # from here on it sees the agent's end, and tells the others
+        await contact.keep()
 
     asyncio.run(keep())
+
+
+def _await_listener(address: str) -> None:
+    """Raises ConnectionError when nothing listens there: Ray 2.60 itself would try for more than ten minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto", or what Ray refuses at once
+    until = time.monotonic() + LISTENER_SECONDS
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), LISTENER_SECONDS):
+                return
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise ConnectionError(f"nothing has answered there for {LISTENER_SECONDS:g} s ({error})") from error
+        time.sleep(RETRY_SECONDS)
+
+
+def _die_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends; 0: none."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)

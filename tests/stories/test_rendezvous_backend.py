@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,7 +125,7 @@ class Job:
 
     def nothing_is_left(self) -> None:
         """No actor of ours, and no process that keeps contact."""
-        contacts = [pid for agent in self.agents for pid in agent.contacts]
+        contacts = [pid for agent in self.agents for pid in agent.contacts if pid]
         eventually(lambda: not self.actors() and not [pid for pid in contacts if runs(pid)], "nothing is left", 15.0)
 
 
@@ -158,18 +159,16 @@ class Agent:
         return self._said.read_text(errors="replace")
 
     def contact(self) -> int:
-        """The process that keeps its contact."""
+        """The process that keeps its contact; 0: there is none yet."""
         children = psutil.Process(self.process.pid).children()
-        (pid,) = (child.pid for child in children if "rendezvous_contact" in " ".join(child.cmdline()))
-        return pid
+        return next((child.pid for child in children if "rendezvous_contact" in " ".join(child.cmdline())), 0)
 
     def check(self) -> None:
         """It lives, unless it was meant not to."""
         if not self.expected_to_end:
             assert self.process.poll() is None, f"torchrun has ended:\n{self.said()}"
             with contextlib.suppress(psutil.Error):
-                children = psutil.Process(self.process.pid).children()
-                self.contacts |= {child.pid for child in children if "rendezvous_contact" in " ".join(child.cmdline())}
+                self.contacts.add(self.contact())
 
     def signal(self, number: int) -> None:
         self.expected_to_end = True
@@ -253,6 +252,25 @@ def test_a_node_that_has_failed_for_good_does_not_leave_the_others_waiting(job: 
     codes = [agent.exit_code(60) for agent in (a, b)]
     assert codes == [1, 1]
     assert sum("RendezvousClosedError" in agent.said() and "has failed" in agent.said() for agent in (a, b)) == 1
+
+
+def test_an_agent_that_is_killed_before_it_has_reached_ray_leaves_nothing(job: Job) -> None:
+    with socket.socket() as deaf:  # accepts connections, and never answers
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        agent = job.start(f"--rdzv-endpoint=127.0.0.1:{deaf.getsockname()[1]}")
+        contact = eventually(agent.contact, "the process between has started")
+        agent.contacts.add(contact)
+        agent.signal(signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_where_nothing_listens(job: Job) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and doesn't listen
+        agent = job.start(f"--rdzv-endpoint=127.0.0.1:{nobody.getsockname()[1]}")
+        assert agent.exit_code() == 1
+    assert re.search(r"RendezvousConnectionError: .* can't connect to Ray at '127.0.0.1:\d+': nothing", agent.said())
 
 
 @pytest.mark.slow
