@@ -36,6 +36,7 @@ def test_contracts() -> None:
         "raylaunch",
         "raylaunch.cli",
         "raylaunch.journal",
+        "raylaunch.torchrun.rendezvous",
         "raylaunch.coordinator.machine",
         "raylaunch.testing.background_run",
         "raylaunch.testing.simulation",

@@ -1,0 +1,1 @@
+"""What torchrun offers, on Ray."""
