@@ -73,7 +73,7 @@ def become(order: Order) -> None:
     _tell_multiprocessing(order.cwd)
     importlib.invalidate_caches()
     main = sys.modules["__main__"] = types.ModuleType("__main__")
-    vars(main)["__builtins__"] = sys.modules["builtins"]
+    vars(main).update(__builtins__=sys.modules["builtins"], __annotations__={})
     sys.argv = [order.target, *order.args]
     sys.orig_argv = [sys.executable, "-u", *(["-m"] if order.entry is Entry.MODULE else []), *sys.argv]
     try:
@@ -123,15 +123,12 @@ def _hold(mark: str) -> None:
 
 
 def _reseed() -> None:
-    """The forks of one process would all draw the same numbers.
-
-    torch's generators are left alone: a fresh interpreter's all begin with the same default seed too (torch 2.13), and
-    the forker hasn't drawn from them.
-    """
+    """The forks of one process would all draw the same numbers."""
     random.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:  # drawn when it is imported (2.13), and CUDA's when CUDA is initialised
+        sys.modules["torch"].default_generator.seed()
 
 
 def _tell_multiprocessing(cwd: str) -> None:
@@ -150,7 +147,7 @@ def _run_script(target: str, main: types.ModuleType) -> None:
         sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     main.__file__ = path
     main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
-    vars(main).update(__cached__=None, __annotations__={})
+    vars(main)["__cached__"] = None
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec", dont_inherit=True)
     exec(code, vars(main))  # noqa: S102 - it is what a launcher is for

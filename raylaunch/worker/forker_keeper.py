@@ -104,4 +104,5 @@ class ForkerKeeper:
             with Watch(self._forker) as watch:
                 while not watch.wait(3600):
                     pass
+            self._pipe.close()
             time.sleep(0 if self._ending else RESTART_SECONDS)

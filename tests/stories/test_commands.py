@@ -116,7 +116,13 @@ def test_the_environment_is_torchruns(one_node, start_command, script, tmp_path,
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["forked", "a new interpreter"])
 def test_a_script_that_exits_with_3_fails_the_run_with_3(one_node, start_command, script, fresh):
-    text = "import os, sys, time\nif os.environ['RANK'] == '1': print('the data is not there', file=sys.stderr); sys.exit(3)\ntime.sleep(1000)"
+    text = """
+        import os, sys, time
+        if os.environ["RANK"] == "1":
+            print("the data is not there", file=sys.stderr)
+            sys.exit(3)
+        time.sleep(1000)
+        """
     run = start_command(Command(Entry.SCRIPT, script(text), fresh_interpreter=fresh), num_workers=2, max_restarts=0)
     cause = run.error().root_cause
     assert (cause.rank, cause.ending.kind, cause.ending.exit_code) == (1, EndKind.EXITED, 3)
