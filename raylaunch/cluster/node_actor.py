@@ -179,10 +179,8 @@ class NodeAgent:
     async def _end_strays(self, worker: Process) -> None:
         """End what a worker has left behind: Ray 2.60 reaches its children only in its own process group."""
         loop = asyncio.get_running_loop()
-        if self._forker is not None and await loop.run_in_executor(None, self._forker.lives):
-            return  # it does so, when the command has had its time after SIGTERM
         for process, parent in await loop.run_in_executor(None, strays, self._token, self._directory):
-            if parent == worker:
+            if parent == worker and (self._forker is None or not self._forker.ends(process)):
                 await loop.run_in_executor(None, end_process, process, CHILD_SECONDS)
 
     async def _explain(self, worker: int, watch: Watch, process: Process) -> None:
@@ -224,7 +222,7 @@ def _keep_forker(config: WorkerConfig, directory: str, raylet: Process) -> Forke
     )
     # torch.distributed: the stores need it, whatever the commands want.
     preload = tuple(dict.fromkeys((*config.preload, "torch.distributed")))
-    return ForkerKeeper(Settings(directory, config.token, raylet, config.stop_seconds, preload), environ)
+    return ForkerKeeper(Settings(directory, raylet, config.stop_seconds, preload), environ)
 
 
 def _go_with(raylet: Process) -> None:

@@ -9,8 +9,9 @@ connection each, with one message a line, as JSON (`forker_client.py` is their s
     {"do": "signal", "number": ...}  to the rank's whole session
 
 What can't be done is answered by {"failed": ...}. A connection that ends takes its rank's session with it: SIGTERM, and
-SIGKILL after the run's `timeouts.stop`. No rank of a generation starts here before the sessions of the older ones are
-gone. The forker goes when the agent and all workers have gone; when the raylet has, at once, with everything.
+SIGKILL after the run's `timeouts.stop`; what has left the session is the agent's to end. No rank of a generation starts
+here before the sessions of the older ones are gone. The forker goes when the agent and all workers have gone; when the
+raylet has, at once, with everything.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import ctypes
 import gc
 import importlib
 import json
+import math
 import os
 import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -35,11 +38,11 @@ from raylaunch.coordinator.commands import Process
 from raylaunch.worker.forked import Order, become
 from raylaunch.worker.forker_keeper import SOCKET, Settings
 from raylaunch.worker.process_group import open_store
-from raylaunch.worker.processes import Watch, end_process, sign_in, start_time, strays
-from raylaunch.worker.sessions import end_session, signal_session
+from raylaunch.worker.processes import Watch, sign_in, start_time
+from raylaunch.worker.sessions import members, signal_session
 
-#: How long a process that has left its session may take to be gone after its SIGKILL, in seconds.
-STRAY_SECONDS = 3.0
+#: How long a session may take to be gone after its SIGKILL, in seconds. What the kernel holds longer is given up.
+KILLED_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -51,10 +54,13 @@ class Session:
     leader: int
     generation: int
     client: Client
-    #: Of the leader; -1 when it has ended.
+    #: The leader's pidfd; -1 when it has ended.
     pidfd: int
-    #: The fork that ends it, and its pidfd.
-    ender: tuple[int, int] | None = None
+    #: When what is left of it gets SIGKILL; None: nobody ends it.
+    deadline: float | None = None
+    killed: bool = False
+    #: While it is being ended: its living processes, as they were found.
+    watched: dict[Process, Watch] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -87,6 +93,7 @@ class Forker:
         self._selector = selectors.DefaultSelector()
         self._clients: set[Client] = set()
         self._sessions: set[Session] = set()
+        self._to_look_at: set[Session] = set()
         self._agent_lives = True
         self._raylet = Watch(settings.raylet)
         self._listener = listener
@@ -112,7 +119,10 @@ class Forker:
         """Serve until nobody is left. Returns None then; and in each fork, what that is to do."""
         try:
             while self._agent_lives or self._clients or self._sessions:
-                for key, _ in self._selector.select():
+                if self._to_look_at:
+                    self._look()
+                    continue
+                for key, _ in self._selector.select(self._mind_deadlines()):
                     if self._selector.get_map().get(key.fd) is key:  # not gone by what came before it
                         key.data()
         except _Forked as forked:
@@ -231,34 +241,68 @@ class Forker:
             how = "exit_code" if result.si_code == os.CLD_EXITED else "signal"
             self._tell(session.client, {how: result.si_status})
 
+    # -- the ends of sessions ----------------------------------------------------------------------------------------
+
     def _end(self, session: Session, seconds: float) -> None:
-        """Have a session ended, by a fork that has the time to wait for it."""
-        if session.ender is not None:
-            if seconds:
-                return
-            self._over(session)
-        pid = self._fork(lambda: self._end_all(session, seconds))
-        session.ender = (pid, os.pidfd_open(pid))
-        self._selector.register(session.ender[1], selectors.EVENT_READ, lambda: self._session_gone(session))
+        """Begin to end a session, or to end it sooner."""
+        deadline = time.monotonic() + seconds
+        if session.deadline is None or deadline < session.deadline:
+            session.deadline = deadline
+            self._to_look_at.add(session)
 
-    def _end_all(self, session: Session, seconds: float) -> NoReturn:
-        end_session(session.leader, seconds)
-        for process, worker in strays(self._settings.token, self._settings.directory):
-            if worker == session.client.process:  # it has left the session
-                end_process(process, STRAY_SECONDS)
-        os._exit(0)
+    def _look(self) -> None:
+        """See who is in the sessions that end. Everybody is asked once, and killed when the time is over."""
+        sessions, self._to_look_at = self._to_look_at & self._sessions, set()
+        found = members({session.leader for session in sessions})
+        for session in sessions:
+            living = found[session.leader]
+            for process in living:
+                if process not in session.watched:
+                    self._watch(session, process)
+            if not living:
+                self._session_gone(session)
 
-    def _over(self, session: Session) -> None:
-        """Its ender is no more needed, or no more there."""
-        assert session.ender is not None
-        pid, pidfd = session.ender
-        self._selector.unregister(pidfd)
-        os.close(pidfd)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    def _watch(self, session: Session, process: Process) -> None:
+        watch = Watch(process)
+        if watch.fileno() < 0:  # gone meanwhile: whether others are left is seen by looking again
+            self._to_look_at.add(session)
+            return
+        session.watched[process] = watch
+        self._selector.register(watch.fileno(), selectors.EVENT_READ, lambda: self._member_gone(session, process))
+        assert session.deadline is not None
+        if time.monotonic() < session.deadline:
+            watch.kill(signal.SIGTERM)
+            watch.kill(signal.SIGCONT)  # a stopped process wouldn't hear it
+        else:
+            watch.kill()
+
+    def _member_gone(self, session: Session, process: Process) -> None:
+        watch = session.watched.pop(process)
+        self._selector.unregister(watch.fileno())
+        watch.close()
+        if not session.watched:
+            self._to_look_at.add(session)
+
+    def _mind_deadlines(self) -> float | None:
+        """Kill those whose time is over; how long until the next one's is, in seconds."""
+        now, next_one = time.monotonic(), math.inf
+        for session in [session for session in self._sessions if session.deadline is not None]:
+            assert session.deadline is not None
+            if now >= session.deadline and not session.killed:
+                session.killed = True
+                for watch in session.watched.values():
+                    watch.kill()
+            given_up = session.deadline + KILLED_SECONDS
+            if now >= given_up:
+                self._session_gone(session)
+            else:
+                next_one = min(next_one, given_up if session.killed else session.deadline)
+        return None if next_one == math.inf else next_one - now
 
     def _session_gone(self, session: Session) -> None:
-        self._over(session)
+        """None of its processes is left, or the kernel doesn't let them go."""
+        for process in list(session.watched):
+            self._member_gone(session, process)
         if session.pidfd >= 0:
             self._ended(session)
         os.waitpid(session.leader, os.WNOHANG)
@@ -282,9 +326,12 @@ class Forker:
         raise _Forked(job)
 
     def _close(self, keep: int) -> None:
-        descriptors = [key.fileobj for key in self._selector.get_map().values()]
+        ours = {watch.fileno() for session in self._sessions for watch in session.watched.values()}
+        descriptors = [key.fileobj for key in self._selector.get_map().values() if key.fd not in ours]
+        watches = [watch for session in self._sessions for watch in session.watched.values()]
         self._selector.close()
-        self._raylet.close()
+        for watch in (self._raylet, *watches):
+            watch.close()
         for one in descriptors:
             if isinstance(one, socket.socket):
                 one.close()

@@ -1,65 +1,43 @@
-"""Sessions of processes: who is in one, and how a whole one is ended. Linux's /proc and the standard library only."""
+"""Sessions of processes: who is in one. Linux's /proc and the standard library only."""
 
 from __future__ import annotations
 
 import contextlib
-import select
 import signal
-import time
+from collections.abc import Collection
 from pathlib import Path
 
 from raylaunch.coordinator.commands import Process
-from raylaunch.worker.processes import SESSION, STATE, Watch, start_time, stat_fields
-
-#: How long a session may take to be gone after its SIGKILL, in seconds: a process that the kernel holds stays longer.
-KILLED_SECONDS = 10.0
-#: How long to wait before looking who else is in the session now, in seconds.
-LOOK_SECONDS = 0.5
+from raylaunch.worker.processes import PARENT, SESSION, STATE, Watch, start_time, stat_fields
 
 
-def members(session: int) -> list[Process]:
-    """The living processes of a session. Its number is its leader's pid, which nobody else gets while it lasts."""
-    found = []
+def members(sessions: Collection[int]) -> dict[int, list[Process]]:
+    """The living processes of each session, in one look at all processes.
+
+    A session's number is its leader's pid. The caller sees to it that it still means that session: by not reaping the
+    leader, for one.
+    """
+    found: dict[int, list[Process]] = {session: [] for session in sessions}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         fields = stat_fields(int(entry.name))
-        if fields and int(fields[SESSION]) == session and fields[STATE] not in (b"Z", b"X"):
+        if fields and int(fields[SESSION]) in found and fields[STATE] not in (b"Z", b"X"):
             started = start_time(int(entry.name))
             if started is not None:
-                found.append(Process(int(entry.name), started))
+                found[int(fields[SESSION])].append(Process(int(entry.name), started))
     return found
-
-
-def end_session(session: int, seconds: float) -> bool:
-    """SIGTERM to all of a session, SIGKILL to what is left of it after so many seconds; whether all of it is gone.
-
-    The caller sees to it that the number still means this session: by not reaping the leader, for one.
-    """
-    asked: set[Process] = set()
-    patience = time.monotonic() + seconds
-    while found := members(session):
-        now = time.monotonic()
-        if now >= patience + KILLED_SECONDS:
-            return False
-        with contextlib.ExitStack() as held:
-            poller = select.poll()
-            for process in found:
-                watch = held.enter_context(Watch(process))
-                if now >= patience:
-                    watch.kill()
-                elif process not in asked:
-                    watch.kill(signal.SIGTERM)
-                    asked.add(process)
-                if watch.fileno() >= 0:
-                    poller.register(watch.fileno(), select.POLLIN)
-            left = patience - now if now < patience else LOOK_SECONDS
-            poller.poll(min(left, LOOK_SECONDS) * 1000)
-    return True
 
 
 def signal_session(session: int, number: int) -> None:
     """A signal to all of a session that is there now."""
-    for process in members(session):
+    for process in members([session])[session]:
         with contextlib.suppress(OSError), Watch(process) as watch:
             watch.kill(signal.Signals(number))
+
+
+def is_in_session_of(process: Process, parent: int) -> bool:
+    """Whether a process is in a session whose leader, living or not yet reaped, is a child of `parent`."""
+    fields = stat_fields(process.pid)
+    leader = stat_fields(int(fields[SESSION])) if fields else []
+    return bool(leader) and int(leader[PARENT]) == parent

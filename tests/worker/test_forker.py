@@ -20,7 +20,8 @@ from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.forked import Order
 from raylaunch.worker.forker_client import ForkerClient, ForkerError
 from raylaunch.worker.forker_keeper import ForkerKeeper, Settings, start_forker
-from raylaunch.worker.processes import Watch, end_process, start_time
+from raylaunch.worker.processes import Watch, end_process, start_time, strays
+from raylaunch.worker.sessions import is_in_session_of
 
 SECONDS = 20.0
 
@@ -35,7 +36,6 @@ class Node:
         self.raylet = python("input()")
         self.settings = Settings(
             str(self.directory),
-            "token",
             Process(self.raylet.pid, start_time(self.raylet.pid)),
             **{"stop_seconds": 5.0, "preload": (), **settings},
         )
@@ -351,31 +351,52 @@ def test_when_the_raylet_goes_everything_goes_at_once(node):
     gone([*pids_of(order), node.forker.pid], 4.0)
 
 
-def test_a_killed_worker_is_one_that_goes_and_what_left_its_session_goes_too(node, tmp_path, python):
+def test_a_stopped_rank_is_ended_too(node):
+    client, pid, order = node.start(CHILDREN)
+    os.kill(pid, signal.SIGSTOP)
+    client.close()
+    gone(pids_of(order), 4.0)
+
+
+def test_a_killed_worker_is_one_that_goes(node, python):
     worker = python(
         f"""
-import sys
+import json
 from raylaunch.worker.forked import Order
 from raylaunch.worker.forker_client import ForkerClient
-from raylaunch.worker.processes import LastWords
-words = LastWords({str(node.directory)!r})
-print(words.path, flush=True)
 client = ForkerClient({str(node.directory)!r}, 10, print)
-order = input()
-import json
-print(client.start(Order.parse(json.loads(order))), flush=True)
+print(client.start(Order.parse(json.loads(input()))), flush=True)
 input()
 """
     )
-    mark = worker.stdout.readline().strip()
-    order = node.order(CHILDREN, "leaves")
-    worker.stdin.write(json.dumps({**vars(order), "entry": "script", "mark": mark}) + "\n")
+    order = node.order(CHILDREN)
+    worker.stdin.write(json.dumps({**vars(order), "entry": "script"}) + "\n")
     worker.stdin.flush()
     worker.stdout.readline()
     eventually(lambda: "up" in Path(order.stdout).read_text(), "it is up", SECONDS)
     worker.kill()
     worker.wait()
     gone(pids_of(order))
+
+
+def test_who_leaves_the_session_is_known_by_the_file_that_the_rank_holds_open(node, python):
+    worker = python(
+        "from raylaunch.worker.processes import LastWords; import sys\n"
+        f"words = LastWords({str(node.directory)!r}); print(words.path, flush=True); input()"
+    )
+    mark = worker.stdout.readline().strip()
+    order = node.order(CHILDREN, "leaves")
+    client = node.client()
+    client.start(Order(**{**vars(order), "mark": mark}))
+    eventually(lambda: "up" in Path(order.stdout).read_text(), "it is up", SECONDS)
+    rank, left, _ = pids_of(order)
+    owned = {process.pid: process for process, owner in strays("token", str(node.directory)) if owner.pid == worker.pid}
+    assert {rank, left} <= set(owned)
+    assert is_in_session_of(owned[rank], node.forker.pid)
+    assert not is_in_session_of(owned[left], node.forker.pid)
+    client.close()
+    gone([rank])
+    os.kill(left, signal.SIGKILL)
 
 
 def test_a_keeper_starts_a_new_forker_when_one_has_died(tmp_path, python):
