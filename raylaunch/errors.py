@@ -113,6 +113,7 @@ class Failure:
     pid: int = 0
     generation: int = 0
     phase: str = ""  # what the run was doing: "forming", "running", ...
+    at: float = 0.0  # when it was noticed, in seconds of the driver's monotonic clock
 
     def describe(self) -> str:
         """One sentence for people: `rank 2 (node 3f2a, pid 71) killed by SIGKILL while running`."""
