@@ -44,6 +44,7 @@ class Reporter:
         """Every rank has."""
         if self._handler == NOBODY:
             return
+        self._run_id = result.run_id
         for rank in range(result.world_size):
             self._record("SUCCEEDED", rank=rank, world_size=result.world_size, restarts=result.restarts)
         self._record("SUCCEEDED", world_size=result.world_size, restarts=result.restarts)
@@ -55,6 +56,7 @@ class Reporter:
         if not isinstance(error, RunFailedError) or not error.failures:
             self._record("FAILED", raw_error="".join(traceback.format_exception(error)))
             return
+        self._run_id = error.run_id
         for rank, failure in error.failures.items():
             raw = json.dumps(error_data(error, failure))
             code, pid, local = process_exit_code(failure), failure.pid, failure.local_rank

@@ -102,7 +102,6 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
     run_id = rendezvous.run_id_for(chosen.rdzv_id)
     if run_id is not None and run_id != chosen.rdzv_id:
         notes.append(f"the run's id is {run_id}: Ray's names allow no {chosen.rdzv_id!r}")
-    runtime_env = values.runtime_env(chosen.runtime_env)
     resources = values.amounts("--resources-per-worker", chosen.resources_per_worker)
     use_gpu = chosen.use_gpu
     if use_gpu is False and resources.get("GPU"):
@@ -115,7 +114,7 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
     result = Plan(
         bounds=bounds,
         wish=Wish(per_node, _gpu_of(per_node, use_gpu), resources, bounds[0]),
-        command=command_of(chosen, environ, "" if "working_dir" in (runtime_env or {}) else cwd),
+        command=command_of(chosen, environ, cwd),
         logs=_logs(chosen, environ),
         run_id=run_id,
         max_restarts=_max_restarts(chosen.max_restarts),
@@ -125,7 +124,7 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
         label_selector=values.labels("--label-selector", chosen.label_selector),
         spares=_spares(chosen.spares),
         preload=_preload(chosen),
-        runtime_env=runtime_env,
+        runtime_env=values.runtime_env(chosen.runtime_env),
         log_dir=os.path.join(cwd, chosen.log_dir) if chosen.log_dir else None,
         logs_specs=chosen.logs_specs,
         address=chosen.address,

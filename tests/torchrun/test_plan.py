@@ -126,12 +126,6 @@ def test_another_interpreter_runs_the_script():
     assert planned("train.py", PYTHON_EXEC="/opt/python").command.args == ("-u", "train.py")
 
 
-def test_with_a_working_dir_the_program_runs_there():
-    asked = plan(parse(["--runtime-env", '{"working_dir": "/code"}', "train.py"]), {}, "/work")
-    assert asked.command.cwd == ""
-    assert asked.runtime_env == {"working_dir": "/code"}
-
-
 # -- the rest ---------------------------------------------------------------------------------------------------------
 
 
