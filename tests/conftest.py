@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Run, eventually, leftovers
+from harness import CommandRun, Run, eventually, leftovers
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +37,23 @@ def two_nodes(clusters: Any) -> Iterator[Any]:
 @pytest.fixture
 def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start a run on the module's cluster; afterwards nothing of any run may be left."""
+    yield from _starter(request, tmp_path, Run)
+
+
+@pytest.fixture
+def start_command(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., CommandRun]]:
+    """The same of a command."""
+    yield from _starter(request, tmp_path, CommandRun)
+
+
+def _starter(request: pytest.FixtureRequest, tmp_path: Path, kind: Any) -> Iterator[Callable[..., Any]]:
     name = "two_nodes" if "two_nodes" in request.fixturenames else "one_node"
     cluster = request.getfixturevalue(name)
     runs: list[Run] = []
 
-    def start(train_fn: Callable[..., Any], **arguments: Any) -> Run:
+    def start(what: Any, **arguments: Any) -> Run:
         arguments.setdefault("spares", 0)  # a test that needs spares says so: they cost a core each
-        run = Run(cluster, train_fn, {"log_dir": tmp_path / "runs", **arguments})
+        run: Run = kind(cluster, what, {"log_dir": tmp_path / "runs", **arguments})
         runs.append(run)
         return run
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from raylaunch.command import Command, Logs
+from raylaunch.spec import make_spec
 from raylaunch.testing import BackgroundRun
 from raylaunch.testing.background_run import PATIENCE_SECONDS as LONGEST
 
@@ -37,6 +39,20 @@ class Run(BackgroundRun):
     def events(self, name: str) -> list[dict[str, Any]]:
         """The journal's events of one kind."""
         return [line for line in journal_lines(self.journal) if line.get("event") == name]
+
+
+class CommandRun(Run):
+    """The same of a command."""
+
+    def __init__(self, cluster: Any, command: Command, arguments: dict[str, Any]) -> None:
+        super().__init__(cluster, lambda: command, arguments)
+
+    def _carry_out(self, train_fn: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        from raylaunch.cluster.session import Setup, launch_command
+
+        env, logs = arguments.pop("env", None), arguments.pop("logs", Logs())
+        setup = Setup(arguments.pop("preload", ("torch",)), env, (), None, arguments.pop("log_dir"))
+        return launch_command(make_spec(**arguments), setup, train_fn(), logs)
 
 
 def journal_lines(path: Path) -> list[dict[str, Any]]:

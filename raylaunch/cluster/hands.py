@@ -23,7 +23,8 @@ from raylaunch.cluster import placement
 from raylaunch.cluster.background import Background
 from raylaunch.cluster.faults import ending_from, is_loss
 from raylaunch.cluster.node_actor import Death, NodeAgent
-from raylaunch.cluster.worker_actor import Hello, RunConfig, Warm, WorkerActor, WorkerConfig
+from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor
+from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.errors import Ending, EndKind, short_id
@@ -327,9 +328,7 @@ class Hands:
 
     def _new_agent(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
-        return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(
-            self._spec.run_id, self._config.token
-        )
+        return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(self._config)
 
     async def _listen(self, node: str) -> None:
         """Take a node agent's news, for as long as the node is there."""
@@ -384,7 +383,8 @@ class Hands:
     async def _end_node(self, node: str, agent: Agent) -> None:
         try:
             answer = agent.actor.end.remote(END_SECONDS)
-            stubborn = await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_SECONDS)
+            seconds = AGENT_SECONDS + (self._config.stop_seconds if self._config.command is not None else 0.0)
+            stubborn = await asyncio.wait_for(asyncio.wrap_future(answer.future()), seconds)
         except Exception as error:
             logger.info(
                 "node %s can't say whether all its processes are gone: %s", short_id(node), type(error).__name__

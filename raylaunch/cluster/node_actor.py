@@ -13,15 +13,18 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
 
 import ray
 
+from raylaunch.cluster.folders import last_words_directory
+from raylaunch.cluster.worker_config import WorkerConfig
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
+from raylaunch.worker import env as worker_env
+from raylaunch.worker.forker_keeper import ForkerKeeper, Settings
 from raylaunch.worker.processes import (
     REPLACED,
     Watch,
@@ -53,23 +56,12 @@ class Death:
     killed: bool
 
 
-def last_words_directory(run_id: str) -> str:
-    """Where the workers of a run leave their last words, on each node: in Ray's session folder there.
-
-    Private: 2.60 has no public way to it. A worker's container shares it with its node, and it belongs to Ray's user.
-    """
-    node = ray._private.worker._global_node  # noqa: SLF001
-    session = node.get_session_dir_path() if node is not None else tempfile.gettempdir()
-    # One for each node: several may be on one machine, and have one session folder.
-    return os.path.join(session, "raylaunch", f"{run_id}-{ray.get_runtime_context().get_node_id()}")
-
-
 class NodeAgent:
     """One node's agent. Every public method is called remotely, by the shell."""
 
-    def __init__(self, run_id: str, token: str) -> None:
-        self._token = token
-        self._directory = last_words_directory(run_id)
+    def __init__(self, config: WorkerConfig) -> None:
+        self._token = config.token
+        self._directory = last_words_directory(config.name)
         self._watches: dict[int, Watch] = {}
         self._processes: dict[int, Process] = {}
         self._killed: set[int] = set()
@@ -78,7 +70,8 @@ class NodeAgent:
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
-        self._sweeper = start_sweeper(token, self._directory, raylet)
+        self._sweeper = start_sweeper(config.token, self._directory, raylet)
+        self._forker = _keep_forker(config, self._directory, raylet) if config.command is not None else None
         threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
 
     async def watch(self, worker: int, process: Process) -> bool:
@@ -122,13 +115,23 @@ class NodeAgent:
                 watch.kill(signal.SIGKILL)
 
     async def end(self, seconds: float) -> list[int]:
-        """End everything of the run on this node, bounded; returns the pids that would not go."""
+        """End everything of the run on this node, bounded; returns the pids that would not go.
+
+        What a command has left has its time after SIGTERM; everything else goes at once.
+        """
         loop = asyncio.get_running_loop()
+        stubborn = await self._end_processes(list(self._processes.values()), seconds)
+        if self._forker is not None:
+            await loop.run_in_executor(None, self._forker.end)
         found = await loop.run_in_executor(None, strays, self._token, self._directory)
-        left = [*self._processes.values(), *(process for process, _ in found)]
-        ended = await asyncio.gather(*(loop.run_in_executor(None, end_process, one, seconds) for one in left))
+        stubborn += await self._end_processes([process for process, _ in found], seconds)
         shutil.rmtree(self._directory, ignore_errors=True)
-        return [process.pid for process, gone in zip(left, ended, strict=True) if not gone]
+        return stubborn
+
+    async def _end_processes(self, processes: list[Process], seconds: float) -> list[int]:
+        loop = asyncio.get_running_loop()
+        ended = await asyncio.gather(*(loop.run_in_executor(None, end_process, one, seconds) for one in processes))
+        return [process.pid for process, gone in zip(processes, ended, strict=True) if not gone]
 
     async def _gone(self, workers: list[int]) -> None:
         """Wait until these are gone, or have had their moment."""
@@ -153,6 +156,8 @@ class NodeAgent:
     async def _end_strays(self, worker: Process) -> None:
         """End what a worker has left behind: Ray 2.60 reaches its children only in its own process group."""
         loop = asyncio.get_running_loop()
+        if self._forker is not None and await loop.run_in_executor(None, self._forker.lives):
+            return  # it does so, when the command has had its time after SIGTERM
         for process, parent in await loop.run_in_executor(None, strays, self._token, self._directory):
             if parent == worker:
                 await loop.run_in_executor(None, end_process, process, CHILD_SECONDS)
@@ -182,6 +187,21 @@ class NodeAgent:
         killed = worker in self._killed or ending.message == REPLACED
         self._deaths.append(Death(worker, ending, killed))
         self._changed.set()
+
+
+def _keep_forker(config: WorkerConfig, directory: str, raylet: Process) -> ForkerKeeper:
+    environ = worker_env.command_env(
+        os.environ,
+        run_id=config.name,
+        copied=config.copied_env,
+        env=config.env,
+        cpus_per_worker=config.cpus_per_worker,
+        use_gpu=config.use_gpu,
+        host=ray.util.get_node_ip_address(),
+    )
+    # torch.distributed: the stores need it, whatever the commands want.
+    preload = tuple(dict.fromkeys((*config.preload, "torch.distributed")))
+    return ForkerKeeper(Settings(directory, config.token, raylet, config.stop_seconds, preload), environ)
 
 
 def _go_with(raylet: Process) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray.cloudpickle
 
-from raylaunch.cluster.worker_actor import RunConfig
+from raylaunch.cluster.worker_config import RunConfig
 from raylaunch.coordinator.commands import Finish, Outcome
 from raylaunch.errors import PlacementTimeout, RunFailedError, run_failed
 from raylaunch.result import RunResult

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import sysconfig
-import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -23,10 +22,13 @@ from ray.runtime_env import RuntimeEnv
 from ray.util.placement_group import validate_placement_group
 
 from raylaunch.cluster.coordinator_actor import start_coordinator
+from raylaunch.cluster.folders import log_root
 from raylaunch.cluster.run import Run
 from raylaunch.cluster.shell import Shell
 from raylaunch.cluster.shipping import Packed, pack
-from raylaunch.cluster.worker_actor import RunConfig, WorkerConfig, versions
+from raylaunch.cluster.worker_actor import versions
+from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
+from raylaunch.command import Command, Logs
 from raylaunch.errors import ConfigError
 from raylaunch.journal import Journal
 from raylaunch.result import RunResult
@@ -94,6 +96,22 @@ def launch(spec: RunSpec, setup: Setup, job: Job) -> RunResult:
         return session.result(session.request(packed, spec.run_id, spec.max_restarts))
 
 
+def launch_command(spec: RunSpec, setup: Setup, command: Command, logs: Logs) -> RunResult:
+    """Carry a single run of a command out; each rank's value is None. See `raylaunch.run` for what it raises.
+
+    Commands get the driver's whole environment, but for what belongs to it alone, whatever `setup.copy_env` says; over
+    that comes what runtime_env sets, and over that `setup.env`. They form their process group themselves.
+    """
+    setup.check()
+    runtime_env = dict(setup.runtime_env or {})
+    env = {**runtime_env.get("env_vars", {}), **(setup.env or {})}
+    if "working_dir" in runtime_env:  # that is where they run
+        command = replace(command, cwd="")
+    setup = replace(setup, env=env, copy_env=("*",))
+    with Session(replace(spec, backend=None), setup, held=False, command=command, logs=logs) as session:
+        return session.result(session.request(None, spec.run_id, spec.max_restarts))
+
+
 class Session:
     """A shell and its coordinator, and the runs that are made with them: one; or, `held`, a launcher's.
 
@@ -101,7 +119,15 @@ class Session:
     only Ray can say can't work.
     """
 
-    def __init__(self, spec: RunSpec, setup: Setup, *, held: bool) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        setup: Setup,
+        *,
+        held: bool,
+        command: Command | None = None,
+        logs: Logs | None = None,
+    ) -> None:
         connect()
         _check_with_ray(spec, setup)
         self._spec = spec = replace(spec, versions=versions())
@@ -124,19 +150,23 @@ class Session:
             backend=spec.backend,
             lease=spec.timeouts.lease,
             process_group_seconds=spec.timeouts.process_group,
+            stop_seconds=spec.timeouts.stop,
+            log_dir="" if setup.log_dir is None else os.path.abspath(setup.log_dir),
+            command=command,
+            logs=logs,
         )
-        journal = Journal(os.path.join(setup.log_dir or _log_root(), spec.run_id), spec.run_id)
+        journal = Journal(os.path.join(setup.log_dir or log_root(), spec.run_id), spec.run_id)
         logger.info("%s %s: journal %s", "launcher" if held else "run", spec.run_id, journal.path)
         self._journal = journal.path
         self._shell = Shell(spec, journal, coordinator, config, dict(setup.runtime_env or {}), held=held)
         self._shell.start()
 
-    def request(self, packed: Packed, run_id: str, max_restarts: int) -> Run:
+    def request(self, packed: Packed | None, run_id: str, max_restarts: int) -> Run:
         """Have a run made, after those that were requested before."""
         if not ray.is_initialized():  # or Ray 2.60 would start a new session for the first call
             raise ConfigError("ray.shutdown() was called under the launcher: its workers are gone with the session")
         spec = replace(self._spec, run_id=run_id, max_restarts=max_restarts)
-        run = Run(spec, RunConfig(run_id, ray.put(packed), max_restarts), self._journal)
+        run = Run(spec, RunConfig(run_id, None if packed is None else ray.put(packed), max_restarts), self._journal)
         self._shell.request(run)
         return run
 
@@ -240,9 +270,3 @@ def _code_path() -> tuple[str, ...]:
     return tuple(
         p for p in paths if os.path.isdir(p) and not any(p == i or p.startswith(f"{i}{os.sep}") for i in installed)
     )
-
-
-def _log_root() -> str:
-    """Ray's session log folder, so that Ray's dashboard lists the files. Private: 2.60 has no public way to it."""
-    node = ray._private.worker.global_worker.node  # noqa: SLF001
-    return os.path.join(node.get_logs_dir_path() if node is not None else tempfile.gettempdir(), "raylaunch")

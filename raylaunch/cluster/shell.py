@@ -26,7 +26,7 @@ from raylaunch.cluster.coordinator_actor import Behind
 from raylaunch.cluster.faults import ending_from
 from raylaunch.cluster.hands import Hands
 from raylaunch.cluster.run import Run
-from raylaunch.cluster.worker_actor import WorkerConfig
+from raylaunch.cluster.worker_config import WorkerConfig
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.coordinator.machine import Decision

@@ -1,86 +1,38 @@
-"""The worker actor: a seat's process. It starts as a spare; promoted, it runs train_fn as one rank, once.
+"""The worker actor: a seat's process. It starts as a spare; promoted, it runs its payload as one rank, once.
 
 Its methods are called one after the other on the process's main thread (a plain actor, Ray 2.60), so that signal
 handlers and asyncio.run work in train_fn:
 
     hello -> warm -> (answer ...) -> join -> run -> collect
 
-A side thread sends the pulse. How train_fn ended is a value, not a Ray error, so that nothing of it is lost.
+A side thread sends the pulse. How the payload ended is a value, not a Ray error, so that nothing of it is lost.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
-import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import ray
-import ray.cloudpickle
-import ray.exceptions
 
-from raylaunch.cluster.node_actor import last_words_directory
-from raylaunch.cluster.shipping import unpack
-from raylaunch.context import Context, enter_context
+from raylaunch.cluster.command_payload import CommandPayload
+from raylaunch.cluster.folders import last_words_directory
+from raylaunch.cluster.function_payload import FunctionPayload
+from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
 from raylaunch.coordinator.commands import Assignment, Process
-from raylaunch.errors import Ending, EndKind, ending_of
+from raylaunch.errors import Ending
 from raylaunch.version import __version__
-from raylaunch.worker import env as worker_env
-from raylaunch.worker import process_group
-from raylaunch.worker.payload import NoRetry, PayloadError, Terminated, run_function
 from raylaunch.worker.processes import REPLACED, LastWords, end_process, start_time, token_of
 
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
 #: ... and before that, this long to be ended by the node's agent, which sees how it ended.
 PREDECESSOR_PATIENCE = 0.3
-#: Creating the first DistributedDataParallel imports this (torch 2.13): some 1.1 s of a core, which a recovery and a
-#: planned change save. Where nobody waits for the worker it is part of getting warm, and not beside it:
-#: `init_process_group` waits for the end of an import that has begun.
-SPARES_IMPORT = "torch._dynamo"
-#: How much nicer than the ranks a spare is while it imports and training goes on.
-GENTLE = 4
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What every worker is given when it starts, before it is known which run it will serve."""
-
-    #: The run's id, or the launcher's name.
-    name: str
-    #: Random: marks the workers' processes, whatever run ids are about in the environment.
-    token: str
-    coordinator: Any
-    #: Where the driver finds its own code; used after everything else, where the path is there on the node too.
-    code_path: tuple[str, ...]
-    copied_env: dict[str, str]
-    env: dict[str, str]
-    preload: tuple[str, ...]
-    cpus_per_worker: float
-    use_gpu: bool
-    virtual_local_rank: bool
-    backend: str | None
-    lease: float
-    process_group_seconds: float
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What a worker is told of its run when it becomes a rank."""
-
-    run_id: str
-    #: A reference to the pickled function. Inside this object, so that Ray hands on the reference itself.
-    payload: Any
-    max_restarts: int
 
 
 @dataclass(frozen=True)
@@ -102,34 +54,41 @@ class Warm:
     memory_used: int
 
 
+class Payload(Protocol):
+    """What a seat runs: a function (`function_payload`) or a command (`command_payload`). Called in this order."""
+
+    def warm(self, *, gently: bool) -> int | Ending:
+        """Get ready to become a rank; the port of a store that the group may use, or what can't work."""
+
+    def join(self, assignment: Assignment, run: RunConfig) -> Ending | None:
+        """Become a rank. None, or how it failed."""
+
+    def run(self) -> tuple[Ending, bytes | None]:
+        """Run it. How it ended, and the pickled exception if there is one."""
+
+    def collect(self) -> Any:
+        """The value that it returned; what nobody may see before, such as leaving the group, is done now."""
+
+    def what_it_fails_with(self) -> Ending | None:
+        """What only this rank can tell peers that lost it. Called in a thread, while `run` goes on."""
+
+
 class WorkerActor:
     """One worker. See the module's text for the order of its calls."""
 
     def __init__(self, worker: int, config: WorkerConfig) -> None:
         self._config = config
         self._host = ray.util.get_node_ip_address()
-        # Before anything imports torch: OMP_NUM_THREADS is read there.
-        os.environ.update(
-            worker_env.spare_env(
-                run_id=config.name,
-                copied=config.copied_env,
-                env=config.env,
-                cpus_per_worker=config.cpus_per_worker,
-                use_gpu=config.use_gpu,
-                host=self._host,
-            )
-        )
         self._process = Process(os.getpid(), start_time(os.getpid()) or 0)
-        os.environ["RAYLAUNCH_TOKEN"] = token_of(config.token, self._process)
+        os.environ.update(RAYLAUNCH_TOKEN=token_of(config.token, self._process), RAYLAUNCH_RUN_ID=config.name)
         sys.path += [path for path in config.code_path if path not in sys.path and os.path.isdir(path)]
         self._last_words = LastWords(last_words_directory(config.name))
-        self._store: Any = None
-        self._call: Callable[[], Any] | None = None
-        self._no_retry: NoRetry = ()
-        self._value: Any = None
-        self._terminated = False
-        self._training = False
-        self._last_words.leave_when_asked(self._what_it_fails_with)
+        self._payload: Payload
+        if config.command is None:
+            self._payload = FunctionPayload(config, self._host)
+        else:
+            self._payload = CommandPayload(config, config.command, self._host, self._last_words)
+        self._last_words.leave_when_asked(self._payload.what_it_fails_with)
         arguments = (worker, config, self._last_words)
         threading.Thread(target=_pulse, args=arguments, name="raylaunch-pulse", daemon=True).start()
 
@@ -138,131 +97,29 @@ class WorkerActor:
         return Hello(ray.get_runtime_context().get_node_id(), self._host, self._process, versions())
 
     def warm(self, *, gently: bool) -> Warm | Ending:
-        """Import what train_fn will need, and open the store that the group may use. Touches no GPU."""
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            if gently:
-                _be_nice()
-            try:
-                for name in self._config.preload:
-                    importlib.import_module(name)
-            except BaseException as error:
-                errors.append(error)
-            if gently:
-                with contextlib.suppress(Exception):  # train_fn will meet it itself, if it needs it
-                    importlib.import_module(SPARES_IMPORT)
-
-        thread = threading.Thread(target=work, name="raylaunch-warm")
-        thread.start()
-        thread.join()
-        if errors:
-            wanted = list(self._config.preload)
-            text = f"preload={wanted!r} can't be imported there: {type(errors[0]).__name__}: {errors[0]}"
-            trace = "".join(traceback.format_exception(errors[0]))
-            return Ending(EndKind.CANNOT_WORK, message=text, traceback=trace, fatal=True)
-        self._store, port = process_group.open_store(self._host)
-        return Warm(port, _memory_available(), _memory_used())
+        """Get ready to become a rank."""
+        port = self._payload.warm(gently=gently)
+        return port if isinstance(port, Ending) else Warm(port, _memory_available(), _memory_used())
 
     def answer(self) -> None:
         """Answer the roll call."""
 
     def join(self, assignment: Assignment, run: RunConfig) -> Ending | None:
-        """Become a rank: environment, device, function, process group. None, or how it failed."""
-        config = self._config
+        """Become a rank. None, or how it failed."""
         ending = threading.Thread(target=_end_predecessors, args=(assignment.predecessors,), daemon=True)
         ending.start()
-        if config.use_gpu:
+        if self._config.use_gpu:
             ending.join()  # its memory must be free before this process allocates; on CPUs nothing waits
-        os.environ.update(
-            worker_env.rank_env(
-                assignment,
-                run_id=run.run_id,
-                max_restarts=run.max_restarts,
-                error_file=os.path.join(last_words_directory(config.name), f"error-{os.getpid()}.json"),
-                virtual_local_rank=config.virtual_local_rank,
-                use_gpu=config.use_gpu,
-            )
-        )
-        enter_context(self._context(assignment, run))
-        try:
-            self._call, self._no_retry = unpack(run.payload)
-            process_group.join(
-                assignment,
-                backend=config.backend,
-                use_gpu=config.use_gpu,
-                virtual_local_rank=config.virtual_local_rank,
-                timeout=config.process_group_seconds,
-            )
-        except PayloadError as error:
-            trace = "".join(traceback.format_exception(error))
-            return Ending(EndKind.CANNOT_WORK, message=str(error), traceback=trace, fatal=True)
-        except BaseException as error:
-            return ending_of(error, collateral=process_group.is_collateral(error))
-        return None
+        return self._payload.join(assignment, run)
 
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
     def run(self) -> tuple[Ending, bytes | None]:
-        """Run train_fn. How it ended, and the exception itself where there is one and it pickles."""
-        if self._call is None:
-            return Ending(EndKind.KILLED, message="it never joined"), None
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        # Ray 2.60 blocks SIGINT in its workers.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        self._training = True
-        ending, self._value, pickled = run_function(self._call, no_retry=self._no_retry, dumps=ray.cloudpickle.dumps)
-        self._training = False
-        if self._terminated and ending.kind is EndKind.EXITED:
-            ending = Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
-        return ending, pickled
+        """Run the payload. How it ended, and the exception itself where there is one and it pickles."""
+        return self._payload.run()
 
     def collect(self) -> tuple[Any]:
-        """train_fn's value, wrapped: Ray 2.60 takes a generator for several values.
-
-        A rank that returns early leaves the group, so that peers that wait for it fail at once; it does so here,
-        after the coordinator has heard that it returned, so that their failure finds its cause.
-        """
-        process_group.leave()
-        return (self._value,)
-
-    def _what_it_fails_with(self) -> Ending | None:
-        """What only this rank can tell peers that lost it: train_fn has left the group, and hasn't ended yet.
-
-        `try: ... finally: destroy_process_group(); finish_slowly()` is usual: the exception is still on its way out.
-        """
-        if not self._training or self._config.backend is None or process_group.is_joined():
-            return None
-        found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)  # noqa: SLF001 - documented
-        error = found[1] if isinstance(found, tuple) else found  # a triple before Python 3.12
-        if error is None:
-            return Ending(EndKind.LEFT)
-        if process_group.is_collateral(error):
-            return None
-        return ending_of(error, fatal=isinstance(error, self._no_retry))
-
-    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> NoReturn:
-        self._terminated = True
-        raise Terminated(128 + signal.SIGTERM)
-
-    def _context(self, assignment: Assignment, run: RunConfig) -> Context:
-        config = self._config
-        return Context(
-            rank=assignment.rank,
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            world_size=assignment.world_size,
-            local_world_size=assignment.local_world_size,
-            node_rank=assignment.node_rank,
-            run_id=run.run_id,
-            generation=assignment.generation,
-            restart_count=assignment.restart_count,
-            max_restarts=run.max_restarts,
-            device=process_group.device_of(
-                assignment, use_gpu=config.use_gpu, virtual_local_rank=config.virtual_local_rank
-            ),
-            master_addr=assignment.master_addr,
-            master_port=assignment.master_port,
-            _ask=lambda: _is_current(config.coordinator, assignment.generation, config.lease),
-        )
+        """What it returned, wrapped: Ray 2.60 takes a generator for several values."""
+        return (self._payload.collect(),)
 
 
 def versions() -> dict[str, str]:
@@ -281,26 +138,6 @@ def _end_predecessors(processes: tuple[Process, ...]) -> None:
     """See that the seat's earlier processes are gone, stopped ones too."""
     for process in processes:
         end_process(process, PREDECESSOR_SECONDS, patience=PREDECESSOR_PATIENCE)
-
-
-def _be_nice() -> None:
-    """Make this thread nicer. A thread, because a process could not take its nice value back without privileges."""
-    thread = threading.get_native_id()
-    niceness = os.getpriority(os.PRIO_PROCESS, thread) + GENTLE  # Ray 2.60's workers have 15 already
-    os.setpriority(os.PRIO_PROCESS, thread, min(19, niceness))
-
-
-def _is_current(coordinator: Any, generation: int, seconds: float) -> bool:
-    """Ask the coordinator, through its restart, for as long as the lease allows."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        try:
-            return bool(ray.get(coordinator.is_current.remote(generation), timeout=left))
-        except ray.exceptions.GetTimeoutError:
-            return False
-        except ray.exceptions.RayActorError:
-            time.sleep(0.2)  # it is being restarted, and Ray has no event for that
-    return False
 
 
 def _pulse(worker: int, config: WorkerConfig, last_words: LastWords) -> None:

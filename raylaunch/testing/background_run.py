@@ -48,12 +48,15 @@ class BackgroundRun:
 
         def work() -> None:
             try:
-                self._result = run(train_fn, **arguments)
+                self._result = self._carry_out(train_fn, arguments)
             except BaseException as error:  # also what a rank's SystemExit became: it belongs to the test
                 self._error = error
 
         self._thread = threading.Thread(target=work, name=f"raylaunch-background-{self.id}", daemon=True)
         self._thread.start()
+
+    def _carry_out(self, train_fn: Callable[..., Any], arguments: dict[str, Any]) -> RunResult:
+        return run(train_fn, **arguments)
 
     def running(self, generation: int = 1, *, spares: int = 0, seconds: float = PATIENCE_SECONDS) -> Status:
         """Wait until a generation runs, this one or a later, and so many spares are ready; returns the run's status.

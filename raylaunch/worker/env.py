@@ -61,6 +61,7 @@ _NEVER_COPIED = (
     *_RUN_VARIABLES,
     *_DEVICE_VARIABLES,
     *("SLURM_*", "SLURMD_*", "PMI*", "PMIX_*", "OMPI_*", "RAY_*"),
+    "HOSTNAME",  # the driver's; every node has its own
 )
 
 #: Linux: the IPv4 address of an interface.
@@ -126,6 +127,34 @@ def spare_env(
     return {**defaults, **copied, **env, "RAYLAUNCH_RUN_ID": run_id}
 
 
+def command_env(
+    node: Mapping[str, str],
+    *,
+    run_id: str,
+    copied: Mapping[str, str],
+    env: Mapping[str, str],
+    cpus_per_worker: float,
+    use_gpu: bool,
+    host: str,
+) -> dict[str, str]:
+    """The whole environment of a command, but for what makes it a rank; `node`: that of a Ray worker on its node.
+
+    Over what the node gives, without what Ray, a batch system or another launcher has set there, comes what was copied
+    from the driver (everything, for commands), and over that the user's `env`.
+    """
+    given = {name: value for name, value in node.items() if name == "HOSTNAME" or not _matches(name, _NEVER_COPIED)}
+    given.pop("OMP_NUM_THREADS", None)  # Ray 2.60's own, which it sets for every worker
+    whole = {
+        **given,
+        **spare_env(run_id=run_id, copied=copied, env=env, cpus_per_worker=cpus_per_worker, use_gpu=use_gpu, host=host),
+    }
+    # Ray puts what runtime_env ships into its workers' PYTHONPATH: that stays, whatever the driver's is.
+    paths = [path for part in (node, whole) for path in part.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if paths:
+        whole["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return whole
+
+
 def rank_env(
     assignment: Assignment,
     *,
@@ -134,10 +163,13 @@ def rank_env(
     error_file: str,
     virtual_local_rank: bool,
     use_gpu: bool,
+    role: str = "default",
+    agent_store: bool = False,
 ) -> dict[str, str]:
     """What makes a process a rank: torchrun's variables (torch 2.13), and the generation.
 
-    LOCAL_RANK always indexes CUDA_VISIBLE_DEVICES, whichever way `visible_devices` chose.
+    LOCAL_RANK always indexes CUDA_VISIBLE_DEVICES, whichever way `visible_devices` chose. `agent_store`: another
+    process than rank 0's holds the store at the master endpoint.
     """
     local_rank, devices = visible_devices(assignment, virtual_local_rank=virtual_local_rank)
     rank, world_size = str(assignment.rank), str(assignment.world_size)
@@ -149,7 +181,7 @@ def rank_env(
         "GROUP_RANK": str(assignment.node_rank),
         "GROUP_WORLD_SIZE": str(assignment.num_nodes),
         "NODE_RANK": str(assignment.node_rank),
-        "ROLE_NAME": "default",
+        "ROLE_NAME": role,
         "ROLE_RANK": rank,
         "ROLE_WORLD_SIZE": world_size,
         "MASTER_ADDR": assignment.master_addr,
@@ -157,8 +189,8 @@ def rank_env(
         "TORCHELASTIC_RESTART_COUNT": str(assignment.restart_count),
         "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
         "TORCHELASTIC_RUN_ID": run_id,
-        # Rank 0's own process holds the store; "True" would make every rank a client of any tcp:// endpoint.
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        # "True" makes every rank a client of any tcp:// endpoint, so not where rank 0 holds the store itself.
+        "TORCHELASTIC_USE_AGENT_STORE": str(agent_store),
         "TORCHELASTIC_ERROR_FILE": error_file,
         # Empty on CPUs, so that nobody touches a GPU that the run did not reserve: Ray 2.60 leaves the variable alone
         # for an actor with 0 GPUs, which then sees all of the node's.

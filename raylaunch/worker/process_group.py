@@ -153,6 +153,13 @@ def is_collateral(error: BaseException) -> bool:
     return False
 
 
+def is_collateral_text(text: str) -> bool:
+    """The same of an exception of which only the printed type and message are left."""
+    if text.startswith("torch.distributed."):
+        return not any(words in text for words in _OWN_FAULT)
+    return text.startswith("RuntimeError:") and "/gloo/" in text and any(words in text for words in _GLOO_COLLATERAL)
+
+
 def _follows_a_peer(error: BaseException) -> bool:
     if isinstance(error, JoinError):
         return True

@@ -30,8 +30,8 @@ from raylaunch.errors import Ending, EndKind
 _PIDFD_INFO = struct.Struct("=QQ11Ii")
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 _PIDFD_INFO_EXIT = 1 << 3
-#: Positions in /proc/PID/stat behind the command's name (`man proc`: fields 3, 9, 22 and 52).
-_STATE, _FLAGS, _STARTED, _EXIT_CODE = 0, 6, 19, 49
+#: Positions in /proc/PID/stat behind the command's name (`man proc`: fields 3, 6, 9, 22 and 52).
+STATE, SESSION, _FLAGS, _STARTED, _EXIT_CODE = 0, 3, 6, 19, 49
 _PF_EXITING = 0x4  # linux/sched.h
 
 #: faulthandler's words for the signals that it handles (Python 3.10 to 3.13).
@@ -54,7 +54,7 @@ _ENVIRON_LIMIT = 4_000_000
 
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks after boot: with the pid it names one process for ever. None: no such."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return int(fields[_STARTED]) if fields else None
 
 
@@ -93,7 +93,7 @@ class Watch:
         A large process closes its sockets, which its peers see, long before it has ended: up to 0.2 s on a busy
         machine (Linux 6.18).
         """
-        fields = _stat(self._process.pid)
+        fields = stat_fields(self._process.pid)
         if not self.alive() or not fields or int(fields[_FLAGS]) & _PF_EXITING:
             return True
         with contextlib.suppress(OSError, StopIteration):
@@ -126,8 +126,8 @@ class Watch:
         """
         if self._fd < 0 or self.alive():
             return None
-        fields = _stat(self._process.pid)
-        if fields and fields[_STATE] in (b"Z", b"X") and int(fields[_STARTED]) == self._process.started:
+        fields = stat_fields(self._process.pid)
+        if fields and fields[STATE] in (b"Z", b"X") and int(fields[_STARTED]) == self._process.started:
             return int(fields[_EXIT_CODE])
         info = bytearray(_PIDFD_INFO.size)
         struct.pack_into("=Q", info, 0, _PIDFD_INFO_EXIT)
@@ -227,6 +227,13 @@ def workers_in(directory: str) -> list[Process]:
     return [Process(int(found[1]), int(found[2])) for name in names if (found := _LAST_WORDS.fullmatch(name))]
 
 
+def sign_in(directory: str) -> None:
+    """Be found by `workers_in` without having last words."""
+    own = Process(os.getpid(), start_time(os.getpid()) or 0)
+    Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+    _last_words_path(directory, own).touch(0o600)
+
+
 class LastWords:
     """Has this process write down how it ends, where only it can know: os._exit's code, a crash's Python stack.
 
@@ -239,9 +246,9 @@ class LastWords:
         self._pid = os.getpid()
         self._leave = os._exit
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._path = _last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
+        self.path = _last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
         # Kept open: neither a full descriptor table nor a signal handler should have to open it at the end.
-        self._file = self._path.open("wb", buffering=0)
+        self._file = self.path.open("wb", buffering=0)
         # One thread only, as Ray does: the others' frames are read without the GIL.
         faulthandler.enable(self._file, all_threads=False)
         os.register_at_fork(after_in_child=self._in_child)
@@ -256,7 +263,7 @@ class LastWords:
 
     def leave_when_asked(self, what: Callable[[], Ending | None]) -> None:
         """From now on end at once when asked to, and say `what`, if it has something to say."""
-        path = _asking_path(self._path)
+        path = _asking_path(self.path)
         os.mkfifo(path, 0o600)
         asked = os.open(path, os.O_RDWR)  # for writing too: it never reads as ended
 
@@ -323,7 +330,7 @@ def _last_words_path(directory: str, process: Process) -> Path:
     return Path(directory) / f"{process.pid}-{process.started}.txt"
 
 
-def _stat(pid: int) -> list[bytes]:
+def stat_fields(pid: int) -> list[bytes]:
     """The fields of /proc/PID/stat from the third on; empty when there is no such process."""
     try:
         data = Path(f"/proc/{pid}/stat").read_bytes()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from raylaunch.coordinator.commands import Process
+from raylaunch.worker.forker_keeper import SOCKET
 from raylaunch.worker.processes import Watch, end_process, forget_last_words, strays, workers_in
 
 #: How long one process may take to be gone after its SIGKILL, in seconds.
@@ -68,6 +69,7 @@ def sweep(token: str, directory: str, raylet: Process) -> None:
                 poller.register(watch.fileno(), select.POLLIN)
             poller.poll()
     with contextlib.suppress(OSError):
+        Path(directory, SOCKET).unlink(missing_ok=True)
         Path(directory).rmdir()
 
 

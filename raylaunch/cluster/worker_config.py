@@ -1,0 +1,48 @@
+"""What workers and node agents are told: of the session when they start, of a run when they become ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from raylaunch.command import Command, Logs
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What every worker is given when it starts, before it is known which run it will serve."""
+
+    #: The run's id, or the launcher's name.
+    name: str
+    #: Random: marks the workers' processes, whatever run ids are about in the environment.
+    token: str
+    coordinator: Any
+    #: Where the driver finds its own code; used after everything else, where the path is there on the node too.
+    code_path: tuple[str, ...]
+    copied_env: dict[str, str]
+    env: dict[str, str]
+    preload: tuple[str, ...]
+    cpus_per_worker: float
+    use_gpu: bool
+    virtual_local_rank: bool
+    backend: str | None
+    lease: float
+    process_group_seconds: float
+    #: The run's `timeouts.stop`.
+    stop_seconds: float
+    #: Where logs go on each node; "": into Ray's session log folder there.
+    log_dir: str
+    #: What runs, and what of its output is shown, where it isn't a function.
+    command: Command | None = None
+    logs: Logs | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a worker is told of its run when it becomes a rank."""
+
+    run_id: str
+    #: A reference to the pickled function. Inside this object, so that Ray hands on the reference itself. None: there
+    #: is none, it is a command.
+    payload: Any
+    max_restarts: int

@@ -1,0 +1,60 @@
+"""Why a command failed, as far as it left word: its error file (torch's `@record`), or the end of its stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from raylaunch.errors import TRACEBACK_LIMIT, Ending, EndKind
+from raylaunch.worker.process_group import is_collateral_text
+
+#: How many lines of a stderr without a traceback are shown.
+_LINES = 20
+_TRACEBACK = "Traceback (most recent call last):"
+
+
+def account_of(ending: Ending, error_file: str, stderr: str) -> Ending:
+    """`ending` with what the command said of it, where it failed by itself. Raises nothing."""
+    if ending.kind is not EndKind.EXITED and ending.kind is not EndKind.SIGNALED:
+        return ending
+    return _recorded(ending, error_file) or _printed(ending, stderr)
+
+
+def _recorded(ending: Ending, error_file: str) -> Ending | None:
+    """From what torch 2.13 writes: {"message": {"message": "Type: text", "extraInfo": {"py_callstack": ...}}}."""
+    try:
+        said = json.loads(Path(error_file).read_bytes())["message"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if isinstance(said, str):  # anybody may write it
+        return replace(ending, message=said)
+    text = str(said.get("message", ""))
+    trace = str((said.get("extraInfo") or {}).get("py_callstack", ""))
+    kind = re.match(r"([\w.]+): ", text)
+    error_type = kind[1] if kind else ""
+    return replace(ending, error_type=error_type, message=text, traceback=trace, collateral=is_collateral_text(text))
+
+
+def _printed(ending: Ending, stderr: str) -> Ending:
+    try:
+        with open(stderr, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TRACEBACK_LIMIT))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ending
+    start = text.rfind(_TRACEBACK)
+    shown = text[start:] if start >= 0 else "\n".join(text.splitlines()[-_LINES:])
+    lines = [line for line in shown.splitlines() if line.strip()]
+    if not lines:
+        return ending
+    if start < 0:
+        return replace(ending, message=lines[-1].strip(), traceback=shown)
+    # The line that names the exception is the first that isn't indented; what follows is its message.
+    after = next((number for number, line in enumerate(lines[1:], 1) if not line.startswith(" ")), len(lines) - 1)
+    text = "\n".join(lines[after:])
+    kind = re.match(r"[\w.]+", lines[after])
+    collateral = ending.kind is EndKind.EXITED and is_collateral_text(text)
+    return replace(ending, error_type=kind[0] if kind else "", message=text, traceback=shown, collateral=collateral)

@@ -1,0 +1,355 @@
+"""The forker: a plain process on each node of a run of commands. It has imported torch once, and forks the ranks.
+
+N ranks on a node then cost one import. It has no Ray, no threads and no CUDA, so that forks of it are clean. The node's
+agent starts it (`forker_keeper.py`); the workers of the node talk to it over a socket in the run's directory there, one
+connection each, with one message a line, as JSON (`forker_client.py` is their side):
+
+    {"do": "store", "host": ...}     -> {"port": ...}: a fork that holds a TCPStore for as long as the connection
+    {"do": "run", "order": {...}}    -> {"pid": ...}, and when it has ended {"exit_code": ...} or {"signal": ...}
+    {"do": "signal", "number": ...}  to the rank's whole session
+
+What can't be done is answered by {"failed": ...}. A connection that ends takes its rank's session with it: SIGTERM, and
+SIGKILL after the run's `timeouts.stop`. No rank of a generation starts here before the sessions of the older ones are
+gone. The forker goes when the agent and all workers have gone; when the raylet has, at once, with everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from raylaunch.coordinator.commands import Process
+from raylaunch.worker.forked import Order, become
+from raylaunch.worker.forker_keeper import SOCKET, Settings
+from raylaunch.worker.process_group import open_store
+from raylaunch.worker.processes import Watch, end_process, sign_in, start_time, strays
+from raylaunch.worker.sessions import end_session, signal_session
+
+#: How long a process that has left its session may take to be gone after its SIGKILL, in seconds.
+STRAY_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+@dataclass(eq=False)
+class Session:
+    """A rank's processes."""
+
+    leader: int
+    generation: int
+    client: Client
+    #: Of the leader; -1 when it has ended.
+    pidfd: int
+    #: The fork that ends it, and its pidfd.
+    ender: tuple[int, int] | None = None
+
+
+@dataclass(eq=False)
+class Client:
+    """A worker's connection."""
+
+    connection: socket.socket
+    process: Process
+    received: bytearray = field(default_factory=bytearray)
+    #: The fork that holds its store, and the pipe on which that says the port (-1: it has).
+    store: tuple[int, int] | None = None
+    waiting: Order | None = None
+    session: Session | None = None
+
+
+class _Forked(BaseException):
+    """Raised in a fork: what it is to do, once the forker's own stack is gone."""
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        super().__init__()
+        self.job = job
+
+
+class Forker:
+    """The loop of the forker's process. Single-threaded: everything is a descriptor that gets readable."""
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._settings = settings
+        self._pid = os.getpid()
+        self._selector = selectors.DefaultSelector()
+        self._clients: set[Client] = set()
+        self._sessions: set[Session] = set()
+        self._agent_lives = True
+        self._raylet = Watch(settings.raylet)
+        self._listener = listener
+        self._failed = ""
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(0, selectors.EVENT_READ, self._agent_gone)
+        if self._raylet.fileno() >= 0:
+            self._selector.register(self._raylet, selectors.EVENT_READ, self._raylet_gone)
+
+    def preload(self) -> None:
+        """Import what the ranks will need. What can't be imported is told to whoever asks for something."""
+        try:
+            for name in self._settings.preload:
+                importlib.import_module(name)
+        except BaseException as error:  # a module may do anything, SystemExit included
+            traceback.print_exc()
+            wanted = list(self._settings.preload)
+            self._failed = f"preload={wanted!r} can't be imported there: {type(error).__name__}: {error}"
+        gc.collect()
+        gc.freeze()  # the collector of a fork would copy every page
+
+    def serve(self) -> Callable[[], None] | None:
+        """Serve until nobody is left. Returns None then; and in each fork, what that is to do."""
+        try:
+            while self._agent_lives or self._clients or self._sessions:
+                for key, _ in self._selector.select():
+                    if self._selector.get_map().get(key.fd) is key:  # not gone by what came before it
+                        key.data()
+        except _Forked as forked:
+            job = forked.job
+        else:
+            return None
+        return job  # outside of the except clause: the command's own exceptions have no context
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        pid = int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+        client = Client(connection, Process(pid, start_time(pid) or 0))
+        self._clients.add(client)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
+
+    def _receive(self, client: Client) -> None:
+        try:
+            data = client.connection.recv(1 << 20)
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(client, self._settings.stop_seconds)
+            return
+        client.received += data
+        while b"\n" in client.received:
+            line, _, client.received = client.received.partition(b"\n")
+            self._obey(client, json.loads(line))
+
+    def _obey(self, client: Client, message: dict[str, Any]) -> None:
+        if message["do"] == "signal":
+            self._signal(client, message["number"])
+        elif self._failed:
+            self._tell(client, {"failed": self._failed})
+        elif message["do"] == "store":
+            self._open_store(client, message["host"])
+        else:
+            client.waiting = Order.parse(message["order"])
+            self._start_waiting()
+
+    def _signal(self, client: Client, number: int) -> None:
+        if client.waiting is not None:
+            client.waiting = None
+            self._tell(client, {"signal": number})
+        elif client.session in self._sessions:
+            signal_session(client.session.leader, number)
+
+    def _tell(self, client: Client, message: dict[str, Any]) -> None:
+        try:
+            client.connection.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return  # it is gone: that arrives by itself
+
+    def _drop(self, client: Client, seconds: float) -> None:
+        """A worker is gone, and what it had goes too."""
+        self._clients.discard(client)
+        self._selector.unregister(client.connection)
+        client.connection.close()
+        if client.store is not None:
+            pid, pipe = client.store
+            if pipe >= 0:
+                self._selector.unregister(pipe)
+                os.close(pipe)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if client.session in self._sessions:
+            self._end(client.session, seconds)
+
+    # -- stores ------------------------------------------------------------------------------------------------------
+
+    def _open_store(self, client: Client, host: str) -> None:
+        reader, writer = os.pipe()
+        pid = self._fork(lambda: _hold_store(host, writer), keep=writer)
+        os.close(writer)
+        client.store = (pid, reader)
+        self._selector.register(reader, selectors.EVENT_READ, lambda: self._store_opened(client, pid, reader))
+
+    def _store_opened(self, client: Client, pid: int, pipe: int) -> None:
+        said = os.read(pipe, 10_000).decode(errors="replace")
+        self._selector.unregister(pipe)
+        os.close(pipe)
+        client.store = (pid, -1)
+        self._tell(client, json.loads(said) if said else {"failed": "the process that held the store is gone"})
+
+    # -- ranks -------------------------------------------------------------------------------------------------------
+
+    def _start_waiting(self) -> None:
+        """Start what may start: what is left of older generations goes first."""
+        for client in list(self._clients):
+            order = client.waiting
+            if order is None:
+                continue
+            older = [session for session in self._sessions if session.generation < order.generation]
+            for session in older:
+                self._end(session, self._settings.stop_seconds)
+            if not older:
+                client.waiting = None
+                self._start(client, order)
+
+    def _start(self, client: Client, order: Order) -> None:
+        pid = self._fork(lambda: become(order))
+        session = Session(pid, order.generation, client, os.pidfd_open(pid))
+        client.session = session
+        self._sessions.add(session)
+        self._selector.register(session.pidfd, selectors.EVENT_READ, lambda: self._ended(session))
+        self._tell(client, {"pid": pid, "started": start_time(pid)})
+
+    def _ended(self, session: Session) -> None:
+        self._selector.unregister(session.pidfd)
+        os.close(session.pidfd)
+        session.pidfd = -1
+        # Not reaped before its whole session is gone: until then nobody else can get its number.
+        result = os.waitid(os.P_PID, session.leader, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if result is not None:  # otherwise the kernel holds it, and it was given up
+            how = "exit_code" if result.si_code == os.CLD_EXITED else "signal"
+            self._tell(session.client, {how: result.si_status})
+
+    def _end(self, session: Session, seconds: float) -> None:
+        """Have a session ended, by a fork that has the time to wait for it."""
+        if session.ender is not None:
+            if seconds:
+                return
+            self._over(session)
+        pid = self._fork(lambda: self._end_all(session, seconds))
+        session.ender = (pid, os.pidfd_open(pid))
+        self._selector.register(session.ender[1], selectors.EVENT_READ, lambda: self._session_gone(session))
+
+    def _end_all(self, session: Session, seconds: float) -> NoReturn:
+        end_session(session.leader, seconds)
+        for process, worker in strays(self._settings.token, self._settings.directory):
+            if worker == session.client.process:  # it has left the session
+                end_process(process, STRAY_SECONDS)
+        os._exit(0)
+
+    def _over(self, session: Session) -> None:
+        """Its ender is no more needed, or no more there."""
+        assert session.ender is not None
+        pid, pidfd = session.ender
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    def _session_gone(self, session: Session) -> None:
+        self._over(session)
+        if session.pidfd >= 0:
+            self._ended(session)
+        os.waitpid(session.leader, os.WNOHANG)
+        self._sessions.discard(session)
+        self._start_waiting()
+
+    # -- forks, and the end ------------------------------------------------------------------------------------------
+
+    def _fork(self, job: Callable[[], None], keep: int = -1) -> int:
+        """The fork's pid. In the fork it doesn't return: the stack is left, nothing of the forker's stays open."""
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads that a preloaded library has started, such as OpenBLAS's, which know forks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid:
+            return pid
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != self._pid:
+            os._exit(1)
+        self._close(keep)
+        raise _Forked(job)
+
+    def _close(self, keep: int) -> None:
+        descriptors = [key.fileobj for key in self._selector.get_map().values()]
+        self._selector.close()
+        self._raylet.close()
+        for one in descriptors:
+            if isinstance(one, socket.socket):
+                one.close()
+            elif isinstance(one, int) and one not in (0, keep):
+                os.close(one)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.close(null)
+
+    def _agent_gone(self) -> None:
+        self._selector.unregister(0)
+        self._agent_lives = False
+
+    def _raylet_gone(self) -> None:
+        """Everything ends at once."""
+        self._selector.unregister(self._raylet)
+        self._agent_lives = False
+        for client in list(self._clients):
+            self._drop(client, 0.0)
+        for session in self._sessions:
+            self._end(session, 0.0)
+
+
+def _hold_store(host: str, answer: int) -> NoReturn:
+    """Hold a store until SIGKILL."""
+    try:
+        _store, port = open_store(host)
+    except BaseException as error:
+        os.write(answer, json.dumps({"failed": f"no store at {host}: {type(error).__name__}: {error}"[:5000]}).encode())
+        os._exit(1)
+    os.write(answer, json.dumps({"port": port}).encode())
+    os.close(answer)
+    while True:
+        signal.pause()
+
+
+def main() -> None:
+    """The process's own beginning and end; and those of all its forks."""
+    del sys.path[0]  # `forker_keeper._BEGIN` put it there
+    if sys.path and sys.path[0] == "":
+        del sys.path[0]  # -c did: what the command's own entry wants comes there
+    settings = Settings.parse(sys.argv[1])
+    if os.fork():  # nobody's child: Ray 2.60 kills a worker's children when the worker leaves in order
+        os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # Ray 2.60 blocks SIGINT in its workers
+    sign_in(settings.directory)  # so that the sweeper knows of it
+    listener = _listen(settings.directory)
+    os.write(1, f"{os.getpid()} {start_time(os.getpid())}\n".encode())
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    forker = Forker(settings, listener)
+    del listener  # a fork closes it
+    forker.preload()
+    job = forker.serve()
+    del forker
+    if job is not None:
+        job()
+
+
+def _listen(directory: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    os.chdir(directory)  # a socket's whole path may have no more than 107 bytes
+    Path(SOCKET).unlink(missing_ok=True)  # of one that is gone
+    listener.bind(SOCKET)
+    listener.listen(1024)
+    os.chdir("/")
+    return listener

@@ -1,0 +1,110 @@
+"""A worker's connection to the forker of its node: a store, and one rank's process. The other side is `forker.py`.
+
+As long as the connection is there, so are the store and the process. A thread reads it, so that it is known at once
+when the forker goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from raylaunch.errors import Ending, EndKind, RaylaunchError
+from raylaunch.worker.forked import Order
+from raylaunch.worker.forker_keeper import SOCKET
+
+#: How often to look for the socket of a forker that is being started beside this process, in seconds.
+_LOOK_SECONDS = 0.02
+
+
+class ForkerError(RaylaunchError):
+    """The forker isn't there, or can't do what it was asked for."""
+
+
+class ForkerClient:
+    """One connection. Its calls come in order, from one thread; `signal` may come at any time."""
+
+    def __init__(self, directory: str, seconds: float, lost: Callable[[], None]) -> None:
+        """Connect to the forker whose run has this directory, which may just be starting.
+
+        `lost` is called, in a thread, when the forker is gone. Raises `ForkerError`.
+        """
+        self._connection = _connect(directory, seconds)
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, args=(lost,), name="raylaunch-forker", daemon=True)
+        self._thread.start()
+
+    def open_store(self, host: str) -> int:
+        """Have a store opened there; its port. Raises `ForkerError`."""
+        return int(self._ask({"do": "store", "host": host})["port"])
+
+    def start(self, order: Order) -> int:
+        """Have a rank's process started, once; its pid. It may have to wait for older ones to be gone."""
+        answer = self._ask({"do": "run", "order": asdict(order)})
+        if "signal" in answer:  # it was ended before it began
+            self._answers.put(answer)
+            return 0
+        return int(answer["pid"])
+
+    def wait(self) -> Ending:
+        """Wait until the rank's process has ended; how it did."""
+        answer = self._answers.get()
+        if "signal" in answer:
+            return Ending(EndKind.SIGNALED, signal=answer["signal"])
+        code = answer["exit_code"]
+        return Ending(EndKind.EXITED, exit_code=code) if code else Ending(EndKind.RETURNED)
+
+    def signal(self, number: int) -> None:
+        """A signal to the rank's whole session."""
+        self._send({"do": "signal", "number": number})
+
+    def close(self) -> None:
+        """Let go: the store and the rank's process, with its session, are ended."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._connection.close()
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        self._send(message)
+        answer = self._answers.get()
+        if "failed" in answer:
+            raise ForkerError(answer["failed"])
+        return answer
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it is gone: the reading thread sees that
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def _read(self, lost: Callable[[], None]) -> None:
+        with contextlib.suppress(OSError), self._connection.makefile("rb") as lines:
+            for line in lines:
+                self._answers.put(json.loads(line))
+        lost()
+
+
+def _connect(directory: str, seconds: float) -> socket.socket:
+    until = time.monotonic() + seconds
+    connection = socket.socket(socket.AF_UNIX)
+    while True:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):  # not yet; or of one that is gone
+            folder = os.open(directory, os.O_PATH)
+            try:
+                connection.connect(
+                    f"/proc/self/fd/{folder}/{SOCKET}"
+                )  # a socket's path may have no more than 107 bytes
+            finally:
+                os.close(folder)
+            return connection
+        if time.monotonic() > until:
+            connection.close()
+            raise ForkerError(f"the process that forks a node's ranks did not come within {seconds:g} s")
+        time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,195 @@
+"""Commands: what runs under torchrun runs as it is; ranks are processes of their own, and how they end is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+from harness import eventually
+
+from raylaunch import EndKind
+from raylaunch.command import Command, Entry
+
+#: Waits in lockstep until a file is there; says where it is by existing files.
+STEPS = """
+import os, sys, time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+folder, rank, generation = sys.argv[1], dist.get_rank(), os.environ["RAYLAUNCH_GENERATION"]
+total = torch.tensor([1.0])
+dist.all_reduce(total)
+print("rank", rank, "of", int(total.item()), "in generation", generation)
+open(f"{folder}/up-{generation}-{rank}-{os.getpid()}", "w").close()
+while True:
+    enough = torch.tensor([float(os.path.exists(f"{folder}/enough"))])
+    dist.all_reduce(enough)
+    if enough.item():
+        break
+    time.sleep(0.01)
+dist.destroy_process_group()
+print("done")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Writes a script; its path."""
+
+    def write(text, name="train.py"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return str(path)
+
+    return write
+
+
+def logs(run, generation=1):
+    """stdout and stderr of each rank of a generation."""
+    folder = run.journal.parent / f"generation_{generation}"
+    return {
+        int(path.name): [(path / name).read_text() for name in ("stdout.log", "stderr.log")]
+        for path in folder.iterdir()
+    }
+
+
+def up(folder: Path, generation: int, ranks: int) -> list[int]:
+    """Wait until so many ranks step; their pids by rank."""
+    pattern = f"up-{generation}-*"
+    eventually(lambda: len(list(folder.glob(pattern))) == ranks, f"{ranks} ranks of generation {generation} are up")
+    return [int(next(folder.glob(f"up-{generation}-{rank}-*")).name.rpartition("-")[2]) for rank in range(ranks)]
+
+
+def test_a_script_that_forms_its_group_itself_trains(one_node, start_command, script, tmp_path):
+    (tmp_path / "enough").touch()
+    run = start_command(Command(Entry.SCRIPT, script(STEPS), (str(tmp_path),)), num_workers=2)
+    assert list(run.result()) == [None, None]
+    for rank, (out, err) in logs(run).items():
+        assert out == f"rank {rank} of 2 in generation 1\ndone\n"
+        assert err == ""
+
+
+def test_the_environment_is_torchruns(one_node, start_command, script, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_OWN", "flag")
+    monkeypatch.setenv("RANK", "7")  # another launcher's
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    path = script(
+        "import json, os, sys; print(json.dumps({'argv': sys.argv, 'cwd': os.getcwd(), 'env': dict(os.environ)}))"
+    )
+    command = Command(
+        Entry.SCRIPT, "train.py", ("--local-rank=${local_rank}", "a b"), cwd=os.path.dirname(path), role="trainer"
+    )
+    run = start_command(command, num_workers=2, max_restarts=2)
+    run.result()
+    import json
+
+    for rank, (out, _) in logs(run).items():
+        seen = json.loads(out)
+        env = seen["env"]
+        assert seen["argv"] == ["train.py", f"--local-rank={rank}", "a b"]
+        assert seen["cwd"] == str(tmp_path)
+        expected = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "ROLE_NAME": "trainer",
+            "ROLE_RANK": str(rank),
+            "ROLE_WORLD_SIZE": "2",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "2",
+            "TORCHELASTIC_RUN_ID": run.id,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+            "OMP_NUM_THREADS": "1",
+            "MY_OWN": "flag",
+        }
+        assert {name: env.get(name) for name in expected} == expected
+        assert not [name for name in env if name.startswith(("RAY_", "SLURM_"))]
+        assert env["MASTER_PORT"].isdigit()
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["forked", "a new interpreter"])
+def test_a_script_that_exits_with_3_fails_the_run_with_3(one_node, start_command, script, fresh):
+    text = """
+        import os, sys, time
+        if os.environ["RANK"] == "1":
+            print("the data is not there", file=sys.stderr)
+            sys.exit(3)
+        time.sleep(1000)
+        """
+    run = start_command(Command(Entry.SCRIPT, script(text), fresh_interpreter=fresh), num_workers=2, max_restarts=0)
+    cause = run.error().root_cause
+    assert (cause.rank, cause.ending.kind, cause.ending.exit_code) == (1, EndKind.EXITED, 3)
+    assert "the data is not there" in cause.ending.message
+
+
+def test_a_traceback_and_a_recorded_error_reach_the_driver(one_node, start_command, script):
+    text = """
+        import os, time
+        from torch.distributed.elastic.multiprocessing.errors import record
+        def work():
+            raise LookupError("no such column")
+        if os.environ["RANK"] == "1":
+            (record(work) if "record" in os.environ["HOW"] else work)()
+        time.sleep(1000)
+        """
+    path = script(text)
+    for how in ("plain", "record"):
+        run = start_command(Command(Entry.SCRIPT, path), num_workers=2, max_restarts=0, env={"HOW": how})
+        error = run.error()
+        assert error.root_cause.ending.error_type == "LookupError"
+        assert "no such column" in error.root_cause.describe()
+        assert "in work" in str(error)
+
+
+@pytest.mark.parametrize("whom", ["the command", "its worker"])
+def test_a_killed_rank_re_forms_and_finishes(one_node, start_command, script, tmp_path, whom):
+    run = start_command(Command(Entry.SCRIPT, script(STEPS), (str(tmp_path),)), num_workers=2, spares="auto")
+    pids = up(tmp_path, 1, 2)
+    members = run.running(1, spares=2).members
+    os.kill(pids[1] if whom == "the command" else members[1].process.pid, signal.SIGKILL)
+    again = up(tmp_path, 2, 2)
+    assert not set(pids) & set(again)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]  # gone before the new ones began
+    (tmp_path / "enough").touch()
+    result = run.result()
+    assert (result.generation, result.restarts) == (2, 1)
+    assert "killed by SIGKILL" in result.recoveries[0].cause
+    assert logs(run, 2)[1][0] == "rank 1 of 2 in generation 2\ndone\n"
+
+
+def test_a_forker_that_is_killed_is_a_failure_like_any_other(one_node, start_command, script, tmp_path):
+    run = start_command(Command(Entry.SCRIPT, script(STEPS), (str(tmp_path),)), num_workers=2)
+    pids = up(tmp_path, 1, 2)
+    forker = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(forker, signal.SIGKILL)
+    up(tmp_path, 2, 2)
+    (tmp_path / "enough").touch()
+    assert run.result().restarts == 1
+
+
+def test_a_script_that_is_not_there_names_node_and_path(one_node, start_command, tmp_path):
+    run = start_command(Command(Entry.SCRIPT, "nowhere.py", cwd=str(tmp_path)), num_workers=2)
+    error = run.error()
+    assert error.root_cause.ending.kind is EndKind.CANNOT_WORK
+    assert str(tmp_path / "nowhere.py") in str(error)
+    assert one_node.nodes[0].node_id[:8] in str(error)
+
+
+def test_a_program_that_is_no_python_and_starts_some(one_node, start_command, script, tmp_path):
+    script("import os; print('grandchild', os.environ['RANK'])", "inner.py")
+    wrapper = tmp_path / "wrapper.sh"
+    wrapper.write_text('#!/bin/sh\necho "wrapper $1"\n"$PYTHON" inner.py\n')
+    wrapper.chmod(0o755)
+    import sys
+
+    command = Command(Entry.PROGRAM, "./wrapper.sh", ("x",), cwd=str(tmp_path))
+    run = start_command(command, num_workers=2, env={"PYTHON": sys.executable})
+    run.result()
+    assert [out for _, (out, _) in sorted(logs(run).items())] == [f"wrapper x\ngrandchild {rank}\n" for rank in (0, 1)]
