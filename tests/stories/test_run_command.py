@@ -1,0 +1,267 @@
+"""`raylaunch run` where `torchrun` stood: what ranks see, what the launcher says, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+import pytest
+from command_lines import PRELUDE, CommandLine
+from harness import nothing_is_left
+
+LAUNCH = ("raylaunch.launch",)
+
+
+@pytest.fixture
+def command(request, tmp_path):
+    """Start command lines with this script, on the module's cluster; afterwards nothing of them may be left."""
+    cluster = request.getfixturevalue("two_nodes" if "two_nodes" in request.fixturenames else "one_node")
+    lines: list[CommandLine] = []
+    (tmp_path / "train.py").write_text(PRELUDE)
+
+    def start(line: str, script: str = "", *, name: str = "train.py", **more) -> CommandLine:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(script if name.endswith(".sh") else PRELUDE + script)
+        path.chmod(0o755)
+        line = line.replace("LOGS", f"--log-dir {tmp_path / 'runs'} --spares 0").replace("HERE", str(tmp_path))
+        lines.append(CommandLine(cluster, tmp_path, line.split(), **more))
+        return lines[-1]
+
+    yield start
+    for line in lines:
+        line.end()
+    nothing_is_left(tmp_path / "runs")
+
+
+def said(command: CommandLine, name: str) -> dict:
+    path = command.out / name
+    assert path.exists(), f"{sorted(command.out.iterdir())}\n{command.stdout}\n{command.stderr}"
+    return json.loads(path.read_text())
+
+
+#: Says all that it sees.
+SEES = """
+say(f"sees-{RANK}", {"argv": sys.argv, "cwd": os.getcwd(), "name": __name__, "env": dict(os.environ)})
+print("hello from", RANK)
+"""
+
+
+# -- what a rank sees ------------------------------------------------------------------------------------------------
+
+
+def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
+    line = "LOGS --nproc-per-node=2 --rdzv-id=job-7 --role=trainer --max-restarts=2 --rdzv-backend=c10d"
+    run = command(f"{line} --rdzv-endpoint=head:29400 train.py --lr 0.1 --nproc-per-node", SEES, MY_FLAG="on", RANK="9")
+    assert run.exit_code() == 0, run.stderr
+    for rank in ("0", "1"):
+        seen = said(run, f"sees-{rank}")
+        assert seen["argv"] == ["train.py", "--lr", "0.1", "--nproc-per-node"]
+        assert (seen["cwd"], seen["name"]) == (str(tmp_path), "__main__")
+        env = seen["env"]
+        assert {name: env[name] for name in ("RANK", "LOCAL_RANK", "ROLE_RANK")} == dict.fromkeys(
+            ("RANK", "LOCAL_RANK", "ROLE_RANK"), rank
+        )
+        assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["GROUP_WORLD_SIZE"]) == ("2", "2", "1")
+        assert (env["TORCHELASTIC_RUN_ID"], env["TORCHELASTIC_MAX_RESTARTS"]) == ("job-7", "2")
+        assert (env["ROLE_NAME"], env["MY_FLAG"], env["OMP_NUM_THREADS"]) == ("trainer", "on", "1")
+    assert run.stdout == "hello from 0\n"
+    notes = [one for one in run.stderr.splitlines() if "without effect" in one]
+    assert len(notes) == 1
+    assert "--rdzv-backend, --rdzv-endpoint" in notes[0]
+    assert run.stderr.count("OMP_NUM_THREADS is 1") == 1
+    assert (tmp_path / "runs" / "job-7" / "generation_1" / "1" / "stdout.log").read_text() == "hello from 1\n"
+
+
+def test_workers_may_be_counted_by_the_cluster_and_reserve_what_is_said(one_node, command):
+    """The node has four CPUs, whatever the launcher's machine has."""
+    run = command("LOGS --nproc-per-node=auto --resources-per-worker CPU=2 --no-preload train.py", SEES)
+    assert run.exit_code() == 0, run.stderr
+    env = said(run, "sees-1")["env"]
+    assert (env["WORLD_SIZE"], env["OMP_NUM_THREADS"]) == ("2", "2")
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("-m package.train x", "package/train.py"),
+        pytest.param("--run-path HERE/train.py x", "train.py", marks=pytest.mark.slow),
+    ],
+)
+def test_a_module_and_a_path_are_run_as_python_does(command, tmp_path, line, name):
+    run = command(f"LOGS {line}", SEES, name=name)
+    assert run.exit_code() == 0, run.stderr
+    seen = said(run, "sees-0")
+    assert seen["argv"] == [str(tmp_path / name), "x"]
+    assert seen["name"] == "__main__"
+
+
+#: A wrapper whose Python is a grandchild of the launcher's worker.
+WRAPPER = '#!/bin/sh\n{python} HERE/train.py "$@"\n'
+
+
+def test_a_program_that_is_not_python_is_executed(one_node, command, tmp_path):
+    (tmp_path / "train.py").write_text(PRELUDE + SEES)
+    wrapper = WRAPPER.format(python=sys.executable).replace("HERE", str(tmp_path))
+    run = command("LOGS --no-python --nproc-per-node=2 ./wrap.sh ${local_rank} x", wrapper, name="wrap.sh")
+    assert run.exit_code() == 0, run.stderr
+    assert said(run, "sees-1")["argv"][1:] == ["1", "x"]
+    assert said(run, "sees-1")["env"]["RANK"] == "1"
+
+
+def test_the_style_of_torch_distributed_launch(one_node, command):
+    run = command(
+        "LOGS --nproc_per_node=2 --node_rank=0 --master_addr=h --master_port=1 train.py x", SEES, module=LAUNCH
+    )
+    assert run.exit_code() == 0, run.stderr
+    assert said(run, "sees-1")["argv"][1:] == ["--local-rank=1", "x"]
+    assert "--master-addr, --master-port" in run.stderr
+
+
+@pytest.mark.slow
+def test_a_program_in_the_style_of_launch_is_told_by_its_environment_only(one_node, command, tmp_path):
+    (tmp_path / "train.py").write_text(PRELUDE + SEES)
+    wrapper = WRAPPER.format(python=sys.executable).replace("HERE", str(tmp_path))
+    run = command("LOGS --nproc_per_node=2 ./wrap.sh x", wrapper, name="wrap.sh", module=LAUNCH)
+    assert run.exit_code() == 0, run.stderr
+    assert said(run, "sees-1")["argv"][1:] == ["x"]
+    assert said(run, "sees-1")["env"]["LOCAL_RANK"] == "1"
+
+
+# -- how it ends -----------------------------------------------------------------------------------------------------
+
+
+def test_the_root_causes_exit_code_is_the_launchers_and_the_table_says_why(one_node, command, tmp_path):
+    run = command(
+        "LOGS --nproc-per-node=2 --rdzv-id=fails train.py",
+        """
+if RANK == "1":
+    print("out of luck", file=sys.stderr)
+    sys.exit(3)
+time.sleep(1000)
+""",
+    )
+    assert run.exit_code() == 3, run.stderr
+    table = run.stderr[run.stderr.index("train.py FAILED") :]
+    assert "rank      : 1 (local_rank: 1)" in table
+    assert "exitcode  : 3" in table
+    assert f"error_file: {tmp_path}/runs/fails/generation_1/1/error.json" in table
+    assert "out of luck" in table
+    assert "Other failures" not in table  # rank 0 was ended by us
+
+
+def test_what_a_script_raised_is_in_the_table(one_node, command):
+    run = command("LOGS train.py", "raise ValueError('no such column')")
+    assert run.exit_code() == 1, run.stderr
+    table = run.stderr[run.stderr.index("train.py FAILED") :]
+    assert "traceback:" in table
+    assert "ValueError: no such column" in table
+
+
+def test_a_signal_is_128_more(one_node, command):
+    run = command("LOGS train.py", "os.kill(os.getpid(), signal.SIGKILL)")
+    assert run.exit_code() == 137, run.stderr
+    assert "exitcode  : -9 (SIGKILL)" in run.stderr
+
+
+def test_a_script_that_is_not_there_is_named_with_its_node(one_node, command, tmp_path):
+    run = command("LOGS missing.py")
+    assert run.exit_code() == 1
+    assert f"there is no script {tmp_path / 'missing.py'}" in run.stderr
+
+
+CLEANS_UP = """
+def leave(number, frame):
+    say(f"cleaned-up-{RANK}", number)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, leave)
+say(f"up-{RANK}")
+wait_for("never")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
+def test_a_launcher_that_is_told_to_end_lets_ranks_clean_up(one_node, command, number, code):
+    run = command("LOGS --nproc-per-node=2 train.py", CLEANS_UP)
+    for rank in (0, 1):
+        run.wait_for(f"up-{rank}")
+    run.signal(number)
+    assert run.exit_code() == code, run.stderr
+    assert said(run, "cleaned-up-0") == said(run, "cleaned-up-1") == signal.SIGTERM
+    assert "the run is stopped" in run.stderr
+
+
+def test_ranks_that_take_no_notice_get_no_more_than_the_shutdown_timeout(one_node, command):
+    deaf = 'signal.signal(signal.SIGTERM, signal.SIG_IGN); say("up"); wait_for("never")'
+    run = command("LOGS --shutdown-timeout=1 train.py", deaf)
+    run.wait_for("up")
+    run.signal(signal.SIGTERM)
+    assert run.process.wait(20) == 143, run.stderr
+
+
+# -- restarts, elastic runs ------------------------------------------------------------------------------------------
+
+
+def test_failures_are_restarted_as_often_as_is_said(one_node, command):
+    run = command(
+        "LOGS --nproc-per-node=2 --max-restarts=1 train.py",
+        """
+count = os.environ["TORCHELASTIC_RESTART_COUNT"]
+say(f"rank-{RANK}-restart-{count}")
+if count == "0":
+    if RANK == "1":
+        sys.exit(7)
+    time.sleep(1000)
+""",
+    )
+    assert run.exit_code() == 0, run.stderr
+    assert (run.out / "rank-1-restart-1").exists()
+
+
+ELASTIC = """
+size, generation = os.environ["WORLD_SIZE"], os.environ["RAYLAUNCH_GENERATION"]
+say(f"{generation}-{RANK}-of-{size}", os.environ["GROUP_WORLD_SIZE"])
+wait_for("enough")
+"""
+
+
+@pytest.mark.slow
+def test_nodes_that_leave_and_arrive_re_form_the_group(two_nodes, command):
+    run = command("LOGS --nnodes=1:2 --nproc-per-node=2 --max-restarts=3 train.py", ELASTIC)
+    assert json.loads(run.wait_for("1-3-of-4")) == "2"
+    two_nodes.kill_node(two_nodes.nodes[1])
+    assert json.loads(run.wait_for("2-1-of-2")) == "1"
+    two_nodes.add_node()
+    assert json.loads(run.wait_for("3-3-of-4")) == "2"
+    (run.out / "enough").touch()
+    assert run.exit_code() == 0, run.stderr
+
+
+# -- the cluster -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_standalone_starts_a_ray_and_stops_only_that(one_node, tmp_path):
+    import psutil
+    import ray
+
+    def rays() -> set[int]:
+        return {one.pid for one in psutil.process_iter(["name"]) if one.info["name"] in ("raylet", "gcs_server")}
+
+    before = rays()
+    (tmp_path / "train.py").write_text(PRELUDE + SEES)
+    line = f"--standalone --nproc-per-node=3 --spares 0 --log-dir {tmp_path / 'runs'} train.py"
+    run = CommandLine(None, tmp_path, line.split())
+    assert run.exit_code() == 0, run.stderr
+    assert said(run, "sees-2")["env"]["WORLD_SIZE"] == "3"  # though this machine may have fewer CPUs
+    assert rays() == before
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 1
