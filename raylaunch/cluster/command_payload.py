@@ -12,7 +12,7 @@ import signal
 import socket
 import string
 
-from raylaunch.cluster.folders import last_words_directory, log_root
+from raylaunch.cluster.folders import last_words_directory, log_root, rank_folder
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
 from raylaunch.command import Command, Entry
 from raylaunch.coordinator.commands import Assignment
@@ -54,8 +54,7 @@ class CommandPayload:
     def join(self, assignment: Assignment, run: RunConfig) -> Ending | None:
         """See that everything is there that the rank needs. None, or what can't work; the command joins by itself."""
         config, command = self._config, self._command
-        root = os.path.join(config.log_dir or log_root(), run.run_id)
-        folder = os.path.join(root, f"generation_{assignment.generation}", str(assignment.rank))
+        folder = rank_folder(config.log_dir or log_root(), run.run_id, assignment.generation, assignment.rank)
         stdout, stderr, self._error_file = (
             os.path.join(folder, name) for name in ("stdout.log", "stderr.log", "error.json")
         )

@@ -23,3 +23,8 @@ def log_root() -> str:
     """Where logs and journals go on this node unless somebody says otherwise: so Ray's dashboard lists the files."""
     node = ray._private.worker.global_worker.node  # noqa: SLF001
     return os.path.join(node.get_logs_dir_path() if node is not None else tempfile.gettempdir(), "raylaunch")
+
+
+def rank_folder(root: str, run_id: str, generation: int, rank: int) -> str:
+    """Where a rank's logs are."""
+    return os.path.join(root, run_id, f"generation_{generation}", str(rank))

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylaunch.cluster import placement
 from raylaunch.cluster.background import Background
+from raylaunch.cluster.console import Console
 from raylaunch.cluster.faults import ending_from, is_loss
 from raylaunch.cluster.node_actor import Death, NodeAgent
 from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor
@@ -29,6 +31,7 @@ from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
 from raylaunch.errors import Ending, EndKind, short_id
 from raylaunch.spec import RunSpec
+from raylaunch.worker.logs import Source
 
 logger = logging.getLogger("raylaunch")
 
@@ -63,14 +66,26 @@ class Agent:
 
     actor: Any
     restarts: int = 0
+    #: What of the ranks there the console shows, and the task that takes it.
+    sources: list[Source] = field(default_factory=list)
+    output: asyncio.Task[None] | None = None
 
 
 class Hands:
     """Carries the shell's commands to Ray, and posts what comes of them. Lives on the shell's loop."""
 
-    def __init__(self, spec: RunSpec, config: WorkerConfig, runtime_env: Any, post: Callable[[e.Event], None]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        config: WorkerConfig,
+        runtime_env: Any,
+        post: Callable[[e.Event], None],
+        console: Console | None,
+    ) -> None:
         self._spec = spec
         self._config = config
+        self._console = console
+        self._writer = ThreadPoolExecutor(1, "raylaunch-console")
         self._post = post
         options = {"num_cpus": 0, "max_restarts": 0, **({"runtime_env": runtime_env} if runtime_env else {})}
         self._worker_class: Any = ray.remote(WorkerActor)
@@ -221,18 +236,21 @@ class Hands:
         # Both calls at once: nothing stands between joining and train_fn.
         joined = hand.actor.join.remote(command.assignment, self.run)
         outcome, hand.exception = hand.actor.run.remote()
-        self._background.start(self._follow(hand, command.assignment.generation, joined, outcome))
+        self._background.start(self._follow(hand, command.assignment, joined, outcome))
 
     def _forget_before(self, generation: int) -> None:
         """Forget the workers that are gone, but for the last generation's: one of them may be the culprit."""
         self._hands = {n: h for n, h in self._hands.items() if not h.lost or h.generation >= generation}
 
-    async def _follow(self, hand: Hand, generation: int, joined: Any, outcome: Any) -> None:
+    async def _follow(self, hand: Hand, assignment: do.Assignment, joined: Any, outcome: Any) -> None:
+        generation = assignment.generation
         try:
             failed: Ending | None = await joined
             if failed is not None:
                 return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, failed))
             self._post(e.WorkerJoined(time.monotonic(), hand.number, generation))
+            if self._console is not None:
+                self._show(self._agents.get(hand.node), self._console.sources(assignment))
             ending: Ending = await outcome
         except Exception as error:
             return self._lost(hand, ending_from(error))
@@ -326,6 +344,21 @@ class Hands:
             self._agents[node] = Agent(self._new_agent(node))
             self._background.start(self._listen(node))
 
+    def _show(self, agent: Agent | None, sources: list[Source]) -> None:
+        """Have a node send what these write to the console."""
+        if agent is None or not sources or self._console is None or self.run is None:
+            return
+        agent.sources += sources
+        agent.actor.follow.remote(self.run.run_id, [(source, self._console.shown[source]) for source in sources])
+        if agent.output is None:
+            agent.output = asyncio.get_running_loop().create_task(self._take_output(agent, self._console))
+
+    async def _take_output(self, agent: Agent, console: Console) -> None:
+        """Show what a node sends, for as long as its agent is there: the next is asked for when all has been shown."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            while (output := await agent.actor.next_output.remote()) is not None:
+                await asyncio.get_running_loop().run_in_executor(self._writer, console.show, output)
+
     def _new_agent(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
         return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(self._config)
@@ -355,6 +388,8 @@ class Hands:
                 if not ray.is_initialized():  # or Ray 2.60 would start a new session for the call
                     return
                 agent.actor = self._new_agent(node)
+                sources, agent.sources, agent.output = agent.sources, [], None
+                self._show(agent, sources)
                 for hand in self._hands.values():
                     if hand.node == node and not hand.lost:
                         self._background.start(self._be_watched(hand, agent))
@@ -379,6 +414,11 @@ class Hands:
         await self._releases.finish(AGENT_SECONDS)
         for agent in self._agents.values():
             ray.kill(agent.actor)
+            if agent.output is not None:
+                agent.output.cancel()
+        self._writer.shutdown(wait=False, cancel_futures=True)  # a console may never take what it was given
+        if self._console is not None:
+            self._console.close()
 
     async def _end_node(self, node: str, agent: Agent) -> None:
         try:
@@ -392,3 +432,5 @@ class Hands:
         else:
             if stubborn:
                 logger.warning("node %s: processes %s would not go", short_id(node), stubborn)
+            if agent.output is not None:
+                await agent.output  # the rest: for as long as the console takes it

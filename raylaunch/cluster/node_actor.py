@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import ray
 
-from raylaunch.cluster.folders import last_words_directory
+from raylaunch.cluster.folders import last_words_directory, log_root, rank_folder
 from raylaunch.cluster.worker_config import WorkerConfig
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker import env as worker_env
 from raylaunch.worker.forker_keeper import ForkerKeeper, Settings
+from raylaunch.worker.logs import Followers, Output, Source
 from raylaunch.worker.processes import (
     REPLACED,
     Watch,
@@ -44,6 +45,8 @@ EXPLAIN_SECONDS = 1.0
 ANSWER_SECONDS = 0.1
 #: How long a child of a dead worker may take to be gone after its SIGKILL, in seconds.
 CHILD_SECONDS = 3.0
+#: How often the agent looks for new output of the ranks that are shown, in seconds.
+LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class NodeAgent:
         self._processes: dict[int, Process] = {}
         self._killed: set[int] = set()
         self._deaths: list[Death] = []
+        self._log_dir = config.log_dir
+        self._followers = Followers()
+        self._is_over = False
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,6 +120,22 @@ class NodeAgent:
                 self._killed.add(worker)
                 watch.kill(signal.SIGKILL)
 
+    async def follow(self, run_id: str, sources: list[tuple[Source, int]]) -> None:
+        """Follow what ranks on this node write, each from this offset on."""
+        for source, offset in sources:
+            folder = rank_folder(self._log_dir or log_root(), run_id, source.generation, source.rank)
+            self._followers.follow(source, os.path.join(folder, f"{source.stream}.log"), offset)
+
+    async def next_output(self) -> Output | None:
+        """Wait until there is something new in the files that are followed; None when there never will be."""
+        while True:
+            ended = self._is_over  # before the files are read for the last time
+            output = self._followers.read(ended=ended)
+            if output or ended:
+                return output or None
+            # Not every file system tells of what is written: torchrun looks as well, every 0.1 s.
+            await asyncio.sleep(LOOK_SECONDS)
+
     async def end(self, seconds: float) -> list[int]:
         """End everything of the run on this node, bounded; returns the pids that would not go.
 
@@ -126,6 +148,7 @@ class NodeAgent:
         found = await loop.run_in_executor(None, strays, self._token, self._directory)
         stubborn += await self._end_processes([process for process, _ in found], seconds)
         shutil.rmtree(self._directory, ignore_errors=True)
+        self._is_over = True
         return stubborn
 
     async def _end_processes(self, processes: list[Process], seconds: float) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ import ray.exceptions
 
 from raylaunch.cluster import placement
 from raylaunch.cluster.background import Background
+from raylaunch.cluster.console import Console
 from raylaunch.cluster.coordinator_actor import Behind
 from raylaunch.cluster.faults import ending_from
 from raylaunch.cluster.hands import Hands
@@ -60,7 +62,10 @@ class Shell:
         self._held = held
         self._journal = journal
         self._coordinator = coordinator
-        self._hands = hands = Hands(spec, config, runtime_env, self.post)
+        console = None
+        if config.command is not None and config.logs is not None:
+            console = Console(config.command, config.logs, os.path.dirname(journal.path))
+        self._hands = hands = Hands(spec, config, runtime_env, self.post, console)
         self._carry_out: dict[type[do.Command], Callable[[Any], None]] = {
             do.RequestBundles: hands.request_bundles,
             do.ReleaseBundles: hands.release_bundles,

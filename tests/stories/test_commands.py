@@ -11,7 +11,7 @@ import pytest
 from harness import eventually
 
 from raylaunch import EndKind
-from raylaunch.command import Command, Entry
+from raylaunch.command import Command, Entry, Logs, Streams
 
 #: Waits in lockstep until a file is there; says where it is by existing files.
 STEPS = """
@@ -193,3 +193,44 @@ def test_a_program_that_is_no_python_and_starts_some(one_node, start_command, sc
     run = start_command(command, num_workers=2, env={"PYTHON": sys.executable})
     run.result()
     assert [out for _, (out, _) in sorted(logs(run).items())] == [f"wrapper x\ngrandchild {rank}\n" for rank in (0, 1)]
+
+
+TALKS = """
+import os, sys
+rank = os.environ["RANK"].encode()
+for number in range(3000):
+    os.write(1, b"rank %s line %d\\n" % (rank, number % 2))  # the same again and again
+os.write(1, b"\\r 1%\\r 2%\\r" + b"x" * 300_000 + b"\\xff\\nno end")
+os.write(2, b"rank %s warns\\n" % rank)
+"""
+
+
+def said(rank: bytes) -> bytes:
+    """What TALKS writes to stdout."""
+    lines = b"".join(b"rank %s line %d\n" % (rank, number % 2) for number in range(3000))
+    return lines + b"\r 1%\r 2%\r" + b"x" * 300_000 + b"\xff\nno end"
+
+
+def test_the_console_shows_rank_0_as_it_is_and_the_files_have_everybody(one_node, start_command, script, capfdbinary):
+    run = start_command(Command(Entry.SCRIPT, script(TALKS)), num_workers=2)
+    run.result()
+    shown = capfdbinary.readouterr()
+    assert said(b"0") in shown.out
+    assert b"rank 1" not in shown.out + shown.err
+    assert b"rank 0 warns\n" in shown.err
+    for rank in (0, 1):
+        folder = run.journal.parent / "generation_1" / str(rank)
+        assert (folder / "stdout.log").read_bytes() == said(b"%d" % rank)
+
+
+def test_ranks_that_are_teed_have_prefixes_and_those_that_are_redirected_are_silent(
+    one_node, start_command, script, capfdbinary
+):
+    logs = Logs(tee={1: Streams.OUT}, redirects={0: Streams.ERR}, prefix="<${role_name} ${rank}> ")
+    run = start_command(Command(Entry.SCRIPT, script(TALKS), role="trainer"), num_workers=2, logs=logs)
+    run.result()
+    shown = capfdbinary.readouterr()
+    lines = [line for line in shown.out.split(b"\n") if line.startswith(b"<trainer 1> ")]
+    assert lines[:3000] == [b"<trainer 1> rank 1 line %d" % (number % 2) for number in range(3000)]
+    assert b"rank 0 line 1\n" in shown.out
+    assert b"warns" not in shown.err
