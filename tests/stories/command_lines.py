@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -31,6 +32,13 @@ def wait_for(name):
 """
 
 
+#: A script that says all that it sees.
+SEES = """
+say(f"sees-{RANK}", {"argv": sys.argv, "cwd": os.getcwd(), "name": __name__, "env": dict(os.environ)})
+print("hello from", RANK)
+"""
+
+
 class CommandLine:
     """One command line on a cluster, which it finds by RAY_ADDRESS."""
 
@@ -45,7 +53,8 @@ class CommandLine:
     ) -> None:
         self.out = folder / "out"
         self.out.mkdir(exist_ok=True)
-        self._stdout, self._stderr = folder / "stdout.txt", folder / "stderr.txt"
+        number = len(list(folder.glob("stdout-*")))
+        self._stdout, self._stderr = folder / f"stdout-{number}.txt", folder / f"stderr-{number}.txt"
         surroundings = {**os.environ, "OUT": str(self.out), **env}
         surroundings.pop("RAY_ADDRESS", None)
         if cluster is not None:
@@ -92,3 +101,10 @@ class CommandLine:
         """End it, whatever it does."""
         self.process.kill()
         self.process.wait()
+
+
+def said(command: CommandLine, name: str) -> Any:
+    """What a rank has said."""
+    path = command.out / name
+    assert path.exists(), f"{sorted(command.out.iterdir())}\n{command.stdout}\n{command.stderr}"
+    return json.loads(path.read_text())

@@ -2,50 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 
 import pytest
-from command_lines import PRELUDE, CommandLine
-from harness import nothing_is_left
+from command_lines import PRELUDE, SEES, CommandLine, said
 
 LAUNCH = ("raylaunch.launch",)
-
-
-@pytest.fixture
-def command(request, tmp_path):
-    """Start command lines with this script, on the module's cluster; afterwards nothing of them may be left."""
-    cluster = request.getfixturevalue("two_nodes" if "two_nodes" in request.fixturenames else "one_node")
-    lines: list[CommandLine] = []
-    (tmp_path / "train.py").write_text(PRELUDE)
-
-    def start(line: str, script: str = "", *, name: str = "train.py", **more) -> CommandLine:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(script if name.endswith(".sh") else PRELUDE + script)
-        path.chmod(0o755)
-        line = line.replace("LOGS", f"--log-dir {tmp_path / 'runs'} --spares 0").replace("HERE", str(tmp_path))
-        lines.append(CommandLine(cluster, tmp_path, line.split(), **more))
-        return lines[-1]
-
-    yield start
-    for line in lines:
-        line.end()
-    nothing_is_left(tmp_path / "runs")
-
-
-def said(command: CommandLine, name: str) -> dict:
-    path = command.out / name
-    assert path.exists(), f"{sorted(command.out.iterdir())}\n{command.stdout}\n{command.stderr}"
-    return json.loads(path.read_text())
-
-
-#: Says all that it sees.
-SEES = """
-say(f"sees-{RANK}", {"argv": sys.argv, "cwd": os.getcwd(), "name": __name__, "env": dict(os.environ)})
-print("hello from", RANK)
-"""
 
 
 # -- what a rank sees ------------------------------------------------------------------------------------------------
@@ -208,7 +171,7 @@ def test_ranks_that_take_no_notice_get_no_more_than_the_shutdown_timeout(one_nod
     assert run.process.wait(20) == 143, run.stderr
 
 
-# -- restarts, elastic runs ------------------------------------------------------------------------------------------
+# -- restarts ---------------------------------------------------------------------------------------------------------
 
 
 def test_failures_are_restarted_as_often_as_is_said(one_node, command):
@@ -227,32 +190,12 @@ if count == "0":
     assert (run.out / "rank-1-restart-1").exists()
 
 
-ELASTIC = """
-size, generation = os.environ["WORLD_SIZE"], os.environ["RAYLAUNCH_GENERATION"]
-say(f"{generation}-{RANK}-of-{size}", os.environ["GROUP_WORLD_SIZE"])
-wait_for("enough")
-"""
-
-
-@pytest.mark.slow
-def test_nodes_that_leave_and_arrive_re_form_the_group(two_nodes, command):
-    run = command("LOGS --nnodes=1:2 --nproc-per-node=2 --max-restarts=3 train.py", ELASTIC)
-    assert json.loads(run.wait_for("1-3-of-4")) == "2"
-    two_nodes.kill_node(two_nodes.nodes[1])
-    assert json.loads(run.wait_for("2-1-of-2")) == "1"
-    two_nodes.add_node()
-    assert json.loads(run.wait_for("3-3-of-4")) == "2"
-    (run.out / "enough").touch()
-    assert run.exit_code() == 0, run.stderr
-
-
 # -- the cluster -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_standalone_starts_a_ray_and_stops_only_that(one_node, tmp_path):
     import psutil
-    import ray
 
     def rays() -> set[int]:
         return {one.pid for one in psutil.process_iter(["name"]) if one.info["name"] in ("raylet", "gcs_server")}
@@ -264,4 +207,3 @@ def test_standalone_starts_a_ray_and_stops_only_that(one_node, tmp_path):
     assert run.exit_code() == 0, run.stderr
     assert said(run, "sees-2")["env"]["WORLD_SIZE"] == "3"  # though this machine may have fewer CPUs
     assert rays() == before
-    assert len([node for node in ray.nodes() if node["Alive"]]) == 1
