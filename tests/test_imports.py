@@ -35,6 +35,8 @@ def test_contracts() -> None:
     [
         "raylaunch",
         "raylaunch.cli",
+        "raylaunch.launch",
+        "raylaunch.torchrun.run",
         "raylaunch.journal",
         "raylaunch.coordinator.machine",
         "raylaunch.testing.background_run",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 
 import ray
 
 from raylaunch.errors import ConfigError
 
+#: How long the cluster's head may take to accept a connection, in seconds.
+KNOCK_SECONDS = 5.0
 #: The command shows its ranks' output by itself, and tells what happens by itself.
 _QUIET = {"log_to_driver": False, "logging_level": logging.WARNING}
 
@@ -35,19 +38,20 @@ def connected(
     if ray.is_initialized() and address is None and not standalone:
         yield
         return
-    where = address or os.environ.get("RAY_ADDRESS", "")
+    where, name = address or os.environ.get("RAY_ADDRESS", ""), "--address" if address else "RAY_ADDRESS"
     if where.startswith("ray://") and not standalone:
         raise ConfigError(
-            f"--address={where}: a Ray Client address can't carry a run: the launcher must live in the cluster; use"
+            f"{name}={where}: a Ray Client address can't carry a run: the launcher must live in the cluster; use"
             " `ray job submit -- raylaunch run ...`"
         )
     own = standalone
     if not standalone:
         try:
+            _knock(where)
             ray.init(address=address or "auto", **_QUIET)
-        except ConnectionError as error:
+        except OSError as error:
             if where and where != "auto":
-                raise ConnectionError(f"--address={where}: no Ray cluster answers there: {error}") from error
+                raise ConnectionError(f"{name}={where}: no Ray cluster answers there: {error}") from error
             if min_nodes > 1:
                 raise ConnectionError(
                     f"no Ray cluster runs here, and the run needs {min_nodes} nodes: start one (`ray start --head`), or"
@@ -61,6 +65,13 @@ def connected(
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(where: str) -> None:
+    """See that somebody listens at an address. Raises OSError; ray.init (2.60) would try for five minutes and more."""
+    host, _, port = where.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def node_resources() -> list[Mapping[str, float]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from raylaunch.result import RunResult
 from raylaunch.spec import RunSpec
 from raylaunch.torchrun.plan import Plan
 from raylaunch.torchrun.signals import interrupt, raising
 from raylaunch.torchrun.sizing import settled, size_for
+
+if TYPE_CHECKING:
+    from raylaunch.cluster.session import Setup
 
 OMP = "OMP_NUM_THREADS"
 
@@ -55,9 +59,11 @@ def launch(
 
 
 def own_connection(asked: Plan, say: Callable[[str], None]) -> AbstractContextManager[None]:
-    """The command's connection, which ends with it."""
+    """The command's connection, which ends with it. What Ray would refuse is refused before: `ConfigError`."""
     from raylaunch.cluster.connection import connected
+    from raylaunch.cluster.session import check_with_ray
 
+    check_with_ray(asked.trial(), _setup(asked))
     per_node = asked.wish.per_node
     workers = asked.bounds[1] if per_node is None else per_node if isinstance(per_node, int) else 1
     return connected(
@@ -71,11 +77,24 @@ def own_connection(asked: Plan, say: Callable[[str], None]) -> AbstractContextMa
 
 def run_command(asked: Plan, spec: RunSpec) -> RunResult:
     """The plan's command, as the ranks of a run."""
-    from raylaunch.cluster.session import Setup, launch_command
+    from raylaunch.cluster.session import launch_command
 
-    # Commands get the launcher's environment whole, but for what the ranks are given by the coordinator.
-    setup = Setup(asked.preload, None, ("*",), asked.runtime_env, asked.log_dir)
-    return launch_command(spec, setup, asked.command, asked.logs)
+    return launch_command(spec, _setup(asked), asked.command, asked.logs)
+
+
+def run_function(asked: Plan, function: Callable[..., Any], args: Sequence[Any], spec: RunSpec) -> RunResult:
+    """A function, as the ranks of a run."""
+    from raylaunch.cluster.session import Job
+    from raylaunch.cluster.session import launch as launch_function
+
+    return launch_function(spec, _setup(asked), Job(function, tuple(args), None, ()))
+
+
+def _setup(asked: Plan) -> Setup:
+    from raylaunch.cluster.session import Setup
+
+    # As torchrun's, the workers have the launcher's environment, but for what the coordinator gives each rank.
+    return Setup(asked.preload, None, ("*",), asked.runtime_env, asked.log_dir)
 
 
 def _tell_threads(asked: Plan, spec: RunSpec, say: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from raylaunch.torchrun.entry import Entrypoint, command_for
 from raylaunch.torchrun.error_file import error_data, write_error_file
 from raylaunch.torchrun.events import Reporter
 from raylaunch.torchrun.failure import process_exit_code, wall_clock
-from raylaunch.torchrun.launch import launch, run_command
+from raylaunch.torchrun.launch import launch, run_command, run_function
 from raylaunch.torchrun.logs_specs import log_dir_of, logs_of
 from raylaunch.torchrun.plan import Plan, signals_for
 from raylaunch.torchrun.rendezvous import run_id_for, timeouts_of
@@ -109,7 +109,7 @@ def launch_agent(
 
     def work(spec: RunSpec) -> RunResult:
         config.run_id = spec.run_id  # torch too notes there the id that it has made up
-        return run_function(asked, spec, entrypoint, args) if callable(entrypoint) else run_command(asked, spec)
+        return run_function(asked, entrypoint, args, spec) if callable(entrypoint) else run_command(asked, spec)
 
     try:
         with _health_checks(health_check_server):
@@ -167,17 +167,8 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         signals=signals_for(config.signals_to_handle),
         event_log_handler=config.event_log_handler,
     )
-    asked.check()
+    asked.trial()
     return asked
-
-
-def run_function(asked: Plan, spec: RunSpec, function: Callable[..., Any], args: Sequence[Any]) -> RunResult:
-    """The function, as the ranks of a run; like torch's workers, they have the launcher's environment."""
-    from raylaunch.cluster.session import Job, Setup
-    from raylaunch.cluster.session import launch as launch_function
-
-    setup = Setup(asked.preload, None, ("*",), asked.runtime_env, asked.log_dir)
-    return launch_function(spec, setup, Job(function, tuple(args), None, ()))
 
 
 def child_failed_error(name: str, error: RunFailedError) -> ChildFailedError | None:

@@ -72,11 +72,11 @@ class Plan:
             virtual_local_rank=self.virtual_local_rank,
         )
 
-    def check(self) -> None:
-        """Refuse what can't work whatever the cluster is like. Raises `ConfigError`."""
+    def trial(self) -> RunSpec:
+        """The spec as far as it is known before the cluster is asked. Raises `ConfigError` for what can't work."""
         wish = self.wish
         per_node = 1 if isinstance(wish.per_node, str) else wish.per_node
-        self.spec(settled(wish) or Size(per_node, bool(wish.use_gpu)))
+        return self.spec(settled(wish) or Size(per_node, bool(wish.use_gpu)))
 
 
 def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Plan:
@@ -133,7 +133,7 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
         event_log_handler=chosen.event_log_handler,
         notes=tuple(notes),
     )
-    result.check()
+    result.trial()
     return result
 
 

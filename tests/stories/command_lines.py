@@ -18,6 +18,7 @@ PRELUDE = """
 import json, os, signal, sys, time
 from pathlib import Path
 
+TORCH = "torch" in sys.modules
 OUT = Path(os.environ["OUT"])
 RANK = os.environ.get("RANK", "")
 
@@ -34,7 +35,7 @@ def wait_for(name):
 
 #: A script that says all that it sees.
 SEES = """
-say(f"sees-{RANK}", {"argv": sys.argv, "cwd": os.getcwd(), "name": __name__, "env": dict(os.environ)})
+say(f"sees-{RANK}", {"argv": sys.argv, "cwd": os.getcwd(), "name": __name__, "env": dict(os.environ), "torch": TORCH})
 print("hello from", RANK)
 """
 

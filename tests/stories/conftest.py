@@ -10,7 +10,8 @@ from harness import nothing_is_left
 @pytest.fixture
 def command(request, tmp_path):
     """Start command lines with this script, on the module's cluster; afterwards nothing of them may be left."""
-    cluster = request.getfixturevalue("two_nodes" if "two_nodes" in request.fixturenames else "one_node")
+    name = next((one for one in ("two_nodes", "gpu_node") if one in request.fixturenames), "one_node")
+    cluster = request.getfixturevalue(name)
     lines: list[CommandLine] = []
     (tmp_path / "train.py").write_text(PRELUDE)
 
@@ -20,6 +21,7 @@ def command(request, tmp_path):
         path.write_text(script if name.endswith(".sh") else PRELUDE + script)
         path.chmod(0o755)
         line = line.replace("LOGS", f"--log-dir {tmp_path / 'runs'} --spares 0").replace("HERE", str(tmp_path))
+        line = line.replace("ADDRESS", cluster.address)
         lines.append(CommandLine(cluster, tmp_path, line.split(), **more))
         return lines[-1]
 

@@ -22,6 +22,7 @@ def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
         seen = said(run, f"sees-{rank}")
         assert seen["argv"] == ["train.py", "--lr", "0.1", "--nproc-per-node"]
         assert (seen["cwd"], seen["name"]) == (str(tmp_path), "__main__")
+        assert seen["torch"]  # it was imported before the fork
         env = seen["env"]
         assert {name: env[name] for name in ("RANK", "LOCAL_RANK", "ROLE_RANK")} == dict.fromkeys(
             ("RANK", "LOCAL_RANK", "ROLE_RANK"), rank
@@ -39,8 +40,10 @@ def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
 
 def test_workers_may_be_counted_by_the_cluster_and_reserve_what_is_said(one_node, command):
     """The node has four CPUs, whatever the launcher's machine has."""
-    run = command("LOGS --nproc-per-node=auto --resources-per-worker CPU=2 --no-preload train.py", SEES)
+    line = "LOGS --address ADDRESS --nproc-per-node=auto --resources-per-worker CPU=2 --no-preload train.py"
+    run = command(line, SEES, RAY_ADDRESS="127.0.0.1:1")
     assert run.exit_code() == 0, run.stderr
+    assert not said(run, "sees-1")["torch"]
     env = said(run, "sees-1")["env"]
     assert (env["WORLD_SIZE"], env["OMP_NUM_THREADS"]) == ("2", "2")
 
@@ -92,6 +95,26 @@ def test_a_program_in_the_style_of_launch_is_told_by_its_environment_only(one_no
     assert said(run, "sees-1")["env"]["LOCAL_RANK"] == "1"
 
 
+def test_output_goes_where_the_options_say(one_node, command, tmp_path):
+    line = (
+        "LOGS --nproc-per-node=3 --rdzv-id=logs --role=trainer --tee 1:3,2:1 --redirects 0:3 --local-ranks-filter=0,1"
+    )
+    run = command(
+        f"{line} --duplicate-stdout-filters apple train.py",
+        """
+print("apple" if RANK == "1" else "pear", RANK)
+print("complaint", RANK, file=sys.stderr)
+""",
+    )
+    assert run.exit_code() == 0, run.stderr
+    assert run.stdout == "[trainer1]:apple 1\n"
+    assert [one for one in run.stderr.splitlines() if "complaint" in one] == ["[trainer1]:complaint 1"]
+    folder = tmp_path / "runs" / "logs"
+    assert (folder / "filtered_stdout.log").read_text().endswith("apple 1\n")
+    files = [(folder / "generation_1" / rank / "stdout.log").read_text() for rank in ("0", "1", "2")]
+    assert files == ["pear 0\n", "apple 1\n", "pear 2\n"]
+
+
 # -- how it ends -----------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +149,19 @@ def test_a_signal_is_128_more(one_node, command):
     run = command("LOGS train.py", "os.kill(os.getpid(), signal.SIGKILL)")
     assert run.exit_code() == 137, run.stderr
     assert "exitcode  : -9 (SIGKILL)" in run.stderr
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(one_node, command):
+    run = command("LOGS train.py", RAY_ADDRESS="127.0.0.1:1")
+    assert run.exit_code() == 1
+    assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in run.stderr
+
+
+def test_what_ray_would_refuse_starts_no_ray(one_node, command):
+    run = command("LOGS --standalone --label-selector zone=in( train.py")
+    assert run.exit_code() == 2
+    assert "label_selector={'zone': 'in('}" in run.stderr
+    assert "without effect" not in run.stderr
 
 
 def test_a_script_that_is_not_there_is_named_with_its_node(one_node, command, tmp_path):
@@ -176,7 +212,7 @@ def test_ranks_that_take_no_notice_get_no_more_than_the_shutdown_timeout(one_nod
 
 def test_failures_are_restarted_as_often_as_is_said(one_node, command):
     run = command(
-        "LOGS --nproc-per-node=2 --max-restarts=1 train.py",
+        "LOGS --num-workers=2 --placement-strategy=STRICT_PACK --max-restarts=1 train.py",
         """
 count = os.environ["TORCHELASTIC_RESTART_COUNT"]
 say(f"rank-{RANK}-restart-{count}")
