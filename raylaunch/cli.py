@@ -1,5 +1,6 @@
-"""The `raylaunch` command. It imports neither torch nor ray: reading a journal needs no cluster.
+"""The `raylaunch` command. Only `raylaunch run` imports Ray: reading a journal needs no cluster.
 
+raylaunch run [options] PROGRAM [arguments ...]    what `torchrun` does, on a Ray cluster
 raylaunch replay JOURNAL    what happened in a run, and whether this version would decide the same again
 raylaunch --version
 """
@@ -23,9 +24,15 @@ _WHOM = ("worker", "generation", "group", "node", "waiting", "silent")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "run":  # whose options, after the program's name, are the program's
+        from raylaunch.torchrun.run import main as run
+
+        return run(arguments[1:])
     parser = argparse.ArgumentParser(prog="raylaunch", description="Starts PyTorch distributed training on Ray.")
     parser.add_argument("--version", action="version", version=f"raylaunch {raylaunch.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.add_parser("run", help="run a program as the ranks of one process group: torchrun's options, on Ray")
     replay = commands.add_parser(
         "replay",
         help="print a run's journal and decide it again",

@@ -2,6 +2,7 @@
 
     RaylaunchError
     ├── ConfigError          yours: an argument that can't work (also a ValueError)
+    │   └── RunInUseError    a run with this id is going on in the cluster
     ├── RunFailedError       a run that ended without success; `.root_cause` says why
     │   └── PlacementTimeout the cluster never had room (also a TimeoutError)
     ├── LauncherClosedError  a launcher was used outside of its with block (also a RuntimeError)
@@ -113,6 +114,7 @@ class Failure:
     pid: int = 0
     generation: int = 0
     phase: str = ""  # what the run was doing: "forming", "running", ...
+    at: float = 0.0  # when it was noticed, in seconds of the driver's monotonic clock
 
     def describe(self) -> str:
         """One sentence for people: `rank 2 (node 3f2a, pid 71) killed by SIGKILL while running`."""
@@ -136,6 +138,10 @@ class RaylaunchError(Exception):
 
 class ConfigError(RaylaunchError, ValueError):
     """An argument that can't work. The message names the argument, its value and what is allowed."""
+
+
+class RunInUseError(ConfigError):
+    """A run with this id is going on in the cluster."""
 
 
 class LauncherClosedError(RaylaunchError, RuntimeError):
@@ -321,4 +327,5 @@ __all__ = [
     "PlacementTimeout",
     "RaylaunchError",
     "RunFailedError",
+    "RunInUseError",
 ]

@@ -170,3 +170,14 @@ def test_every_target_of_make_is_documented() -> None:
 def test_the_versions_are_one() -> None:
     """The version stands in one place, and the change log has a part for it."""
     assert 'path = "raylaunch/version.py"' in text_of(ROOT / "pyproject.toml")
+
+
+def test_every_option_of_the_command_is_documented() -> None:
+    from raylaunch.torchrun.options import RAY, TORCH_OPTIONS, WITHOUT_EFFECT
+
+    kept = rows(DOCS / "torchrun.md", "## Options")
+    assert list(kept) == [option.name for option in TORCH_OPTIONS]
+    assert [name for name, (fate, what) in kept.items() if not fate or not what] == []
+    without = [name for name, (fate, _) in kept.items() if fate == "without effect"]
+    assert without == [option.name for option in WITHOUT_EFFECT]
+    assert list(rows(DOCS / "torchrun.md", "Ray's own:")) == [option.name for option in RAY]

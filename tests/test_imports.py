@@ -35,8 +35,10 @@ def test_contracts() -> None:
     [
         "raylaunch",
         "raylaunch.cli",
+        "raylaunch.launch",
+        "raylaunch.torchrun.run",
         "raylaunch.journal",
-        "raylaunch.torchrun.rendezvous",
+        "raylaunch.torchrun.backend",
         "raylaunch.coordinator.machine",
         "raylaunch.testing.background_run",
         "raylaunch.testing.simulation",

@@ -29,7 +29,7 @@ from raylaunch.coordinator.commands import Process
 from raylaunch.coordinator.events import Event
 from raylaunch.coordinator.machine import Coordinator, Decision
 from raylaunch.coordinator.roster import WorkerState
-from raylaunch.errors import ConfigError, InternalError
+from raylaunch.errors import InternalError, RunInUseError
 from raylaunch.spec import Timeouts
 
 NAMESPACE = "raylaunch"
@@ -139,6 +139,10 @@ class CoordinatorActor:
         spares = sum(worker.state is WorkerState.READY for worker in workers.values())
         return Status(machine.phase.value, machine.generation, members, spares, machine.restarts)
 
+    async def over(self) -> None:
+        """Wait until this actor is gone: for whoever follows the run from elsewhere, and would like to be told."""
+        await asyncio.Event().wait()
+
     async def next_silent(self) -> list[tuple[int, float]]:
         """Wait until some worker's pulse stays away; returns (worker, seconds of silence).
 
@@ -169,7 +173,7 @@ class CoordinatorActor:
 
 
 def start_coordinator(run_id: str, timeouts: Timeouts, *, owns_job: bool) -> Any:
-    """Start the coordinator actor on this node, without resources. A run id in use raises `ConfigError`."""
+    """Start the coordinator actor on this node, without resources. A run id in use raises `RunInUseError`."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote_class: Any = ray.remote(CoordinatorActor)
     try:
@@ -184,5 +188,7 @@ def start_coordinator(run_id: str, timeouts: Timeouts, *, owns_job: bool) -> Any
         ).remote(run_id, timeouts, os.getpid(), owns_job)
     except ValueError as error:
         if "already" in str(error) or "exists" in str(error):
-            raise ConfigError(f"run_id={run_id!r} is in use: a run with this id is going on in this cluster") from error
+            raise RunInUseError(
+                f"run_id={run_id!r} is in use: a run with this id is going on in this cluster"
+            ) from error
         raise

@@ -129,7 +129,7 @@ class Session:
         logs: Logs | None = None,
     ) -> None:
         connect()
-        _check_with_ray(spec, setup)
+        check_with_ray(spec, setup)
         self._spec = spec = replace(spec, versions=versions())
         in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
         environ = dict(os.environ)
@@ -224,8 +224,8 @@ def _ends(run: Run, seconds: float) -> bool:
     return bool(futures.wait([run.future], seconds).done)
 
 
-def _check_with_ray(spec: RunSpec, setup: Setup) -> None:
-    """What Ray itself would refuse later, in the middle of things."""
+def check_with_ray(spec: RunSpec, setup: Setup) -> None:
+    """Refuse what Ray itself would refuse later, in the middle of things. Needs no connection. Raises `ConfigError`."""
     labels = [spec.label_selector] if spec.label_selector else None
     try:
         validate_placement_group([spec.bundle_resources], spec.placement_strategy, bundle_label_selector=labels)

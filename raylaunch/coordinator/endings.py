@@ -57,13 +57,13 @@ def end_generation(c: Coordinator, *, ask: bool = False) -> None:
 
 def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     """A worker of the live generation has failed: the generation ends at once, and the next one is prepared."""
-    failure = failure_of(worker, ending)
+    failure = failure_of(c, worker, ending)
     incident = incident_for(c, worker, ending)
     if not incident.failures and incident.generation == c.generation:
         incident.returned = _ranks_in(c, WorkerState.RETURNED, WorkerState.COLLECTED)
         incident.not_joined = tuple(r for r in _ranks_in(c, WorkerState.JOINING) if r != worker.rank)
     for member in live_workers(c):
-        incident.members[member.id] = failure_of(member, Ending(EndKind.NODE_LOST))
+        incident.members[member.id] = failure_of(c, member, Ending(EndKind.NODE_LOST))
     incident.add(worker.id, failure, c.now)
     c.roll_owed = rootcause.may_be_lost_node(ending)
     end_generation(c, ask=ending.collateral)
@@ -80,7 +80,7 @@ def fail(c: Coordinator, worker: Worker, ending: Ending) -> None:
     prepare_next(c)
 
 
-def failure_of(worker: Worker, ending: Ending) -> Failure:
+def failure_of(c: Coordinator, worker: Worker, ending: Ending) -> Failure:
     """A worker's ending with where it happened."""
     return Failure(
         ending=ending,
@@ -91,6 +91,7 @@ def failure_of(worker: Worker, ending: Ending) -> Failure:
         pid=worker.process.pid if worker.process else 0,
         generation=worker.generation,
         phase=PHASE_WORDS.get(worker.state, ""),
+        at=c.now,
     )
 
 
@@ -251,7 +252,7 @@ def learnt(c: Coordinator, worker: int, ending: Ending) -> None:
         return c.because("it was no rank of the generation that ended")
     if failed is None and signal_name(ending.signal) == "SIGTERM":  # Ray 2.60's way of killing, on our behalf
         return c.because("our own kill")
-    incident.add(worker, replace(known, ending=ending), c.now)
+    incident.add(worker, replace(known, ending=ending, at=c.now), c.now)
     if ending.fatal and c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.FORMING, Phase.RUNNING):
         conclude(c, _fatal_sentence(ending))
     return None
@@ -268,7 +269,7 @@ def starts_timed_out(c: Coordinator, reason: str) -> None:
     if c.incident is not None:
         settle(c, c.incident)  # each time is a failure of its own
     incident = incident_for(c, late[0], ending)
-    incident.add(late[0].id, failure_of(late[0], ending), c.now)
+    incident.add(late[0].id, failure_of(c, late[0], ending), c.now)
     if not charge(c, incident, late[0]):
         conclude(c, _budget_sentence(c))
         return
@@ -281,7 +282,7 @@ def starts_timed_out(c: Coordinator, reason: str) -> None:
 def spare_failed(c: Coordinator, worker: Worker, ending: Ending) -> None:
     """A worker without a rank has ended: it is replaced, after a pause if it never got ready."""
     seat, state = worker.seat, worker.state
-    failure = failure_of(worker, ending)
+    failure = failure_of(c, worker, ending)
     c.roll_open.discard(worker.id)
     c.kill([worker])
     gathering = c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL)

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from raylaunch.coordinator.agent_rendezvous import Settings
-from raylaunch.torchrun.rendezvous_conf import Conf, read_conf
+from raylaunch.torchrun.backend.conf import Conf, read_conf
 
 
 def conf(endpoint: str = "auto", run_id: str = "job", **config: Any) -> Conf:

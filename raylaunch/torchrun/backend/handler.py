@@ -30,8 +30,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from raylaunch.coordinator.agent_rendezvous import Answer, Closing, Place, Refusal, Report, Wish
-from raylaunch.torchrun.contact import Contact, ContactLostError
-from raylaunch.torchrun.rendezvous_conf import read_conf
+from raylaunch.torchrun.backend.conf import read_conf
+from raylaunch.torchrun.backend.contact import Contact, ContactLostError
 from raylaunch.worker.process_group import open_store
 
 logger = logging.getLogger("raylaunch")

@@ -1,0 +1,117 @@
+"""`raylaunch run`, and `python -m raylaunch.launch`: torchrun's command line, on Ray."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from raylaunch.errors import ConfigError, RunFailedError, RunInUseError
+from raylaunch.result import RunResult
+from raylaunch.spec import RunSpec
+from raylaunch.torchrun import events
+from raylaunch.torchrun.error_file import hand_on_error_file
+from raylaunch.torchrun.failure import exit_code, failure_table
+from raylaunch.torchrun.launch import launch, own_connection, run_command
+from raylaunch.torchrun.logs_specs import with_logs_specs
+from raylaunch.torchrun.parser import parse
+from raylaunch.torchrun.plan import Plan, plan
+from raylaunch.torchrun.signals import Stopped
+
+#: When this launcher was started, in seconds since 1970.
+_STARTED = time.time()
+
+
+def main(arguments: Sequence[str], *, prog: str = "raylaunch run", launch_style: bool = False) -> int:
+    """Carry out a command line; returns the exit code.
+
+    Args:
+        arguments: the command line, without the command.
+        prog: what messages call it.
+        launch_style: in the way of torch.distributed.launch: without --use-env the script gets --local-rank=N.
+    """
+
+    def say(text: str) -> None:
+        print(f"{prog}: {text}", file=sys.stderr, flush=True)  # noqa: T201 - what the user should know
+
+    _tell_decisions()
+    asked: Plan | None = None
+    try:
+        asked = with_logs_specs(plan(parse(arguments, prog=prog, launch_style=launch_style), os.environ, os.getcwd()))
+        _carry_out(asked, say)
+    except ConfigError as error:
+        say(f"error: {error}")
+        return exit_code(error)
+    except RunFailedError as error:
+        hand_on_error_file(error)
+        print(failure_table(asked.command.target if asked else prog, error), file=sys.stderr, flush=True)  # noqa: T201
+        return exit_code(error)
+    except ConnectionError as error:
+        say(f"error: {error}")
+        return exit_code(error)
+    except KeyboardInterrupt as error:
+        say("interrupted; the run is stopped")
+        return exit_code(error)
+    except Stopped as error:
+        say(f"{error.name}; the run is stopped")
+        return exit_code(error)
+    except Followed as error:
+        return exit_code(error)
+    return 0
+
+
+def _carry_out(asked: Plan, say: Callable[[str], None]) -> None:
+    report = events.Reporter(asked)
+    work = functools.partial(run_command, asked)
+    if asked.run_id is not None and not asked.standalone:
+        work = functools.partial(_alone_or_following, work, say)
+    try:
+        report.succeeded(launch(asked, work, connection=own_connection(asked, say), say=say))
+    except Followed:
+        raise
+    except BaseException as error:
+        report.failed(error)
+        raise
+
+
+class Followed(SystemExit):
+    """Another launcher's run, which this one has followed, is over; with its exit code."""
+
+
+def _alone_or_following(work: Callable[[RunSpec], RunResult], say: Callable[[str], None], spec: RunSpec) -> RunResult:
+    """Launch the run of this id; or follow it, where the same line was started before on another node."""
+    from raylaunch.cluster.following import ended_since, follow, note_end
+
+    ended = ended_since(spec.run_id, _STARTED)
+    if ended is not None:
+        say(f"run {spec.run_id} is over: another launcher has carried it out meanwhile, and left with {ended}")
+        raise Followed(ended)
+    try:
+        result = work(spec)
+    except RunInUseError as error:
+        say(f"run {spec.run_id} is going on, started by another launcher: this one follows it")
+        code = follow(spec.run_id)
+        if code is None:
+            raise ConnectionError(f"the launcher of run {spec.run_id} has ended without saying how") from error
+        say(f"run {spec.run_id} is over; its launcher has left with {code}")
+        raise Followed(code) from None
+    except BaseException as error:
+        note_end(spec.run_id, exit_code(error))
+        raise
+    note_end(spec.run_id, 0)
+    return result
+
+
+def _tell_decisions() -> None:
+    """Let raylaunch tell what it decides, on stderr; LOGLEVEL=INFO, as for torchrun, tells more."""
+    logger = logging.getLogger("raylaunch")
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("raylaunch: %(message)s"))
+    logger.addHandler(handler)
+    level = logging.getLevelName(os.environ.get("LOGLEVEL", "WARNING").upper())
+    logger.setLevel(level if isinstance(level, int) else logging.WARNING)
