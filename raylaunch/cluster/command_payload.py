@@ -110,7 +110,7 @@ class CommandPayload:
         if self._forker is None or self._order is None:
             return Ending(EndKind.KILLED, message="it never joined"), None
         forker = self._forker
-        signal.signal(signal.SIGTERM, lambda number, _frame: forker.signal(number))
+        signal.signal(signal.SIGTERM, lambda _number, _frame: forker.stop())
         try:
             forker.start(self._order)
         except ForkerError as error:

@@ -6,7 +6,7 @@ connection each, with one message a line, as JSON (`forker_client.py` is their s
 
     {"do": "store", "host": ...}     -> {"port": ...}: a fork that holds a TCPStore for as long as the connection
     {"do": "run", "order": {...}}    -> {"pid": ...}, and when it has ended {"exit_code": ...} or {"signal": ...}
-    {"do": "signal", "number": ...}  to the rank's whole session
+    {"do": "stop"}                   ends the rank's session as the end of the connection does
 
 What can't be done is answered by {"failed": ...}. A connection that ends takes its rank's session with it: SIGTERM, and
 SIGKILL after the run's `timeouts.stop`; what has left the session is the agent's to end. No rank of a generation starts
@@ -39,7 +39,7 @@ from raylaunch.worker.forked import Order, become
 from raylaunch.worker.forker_keeper import SOCKET, Settings
 from raylaunch.worker.process_group import open_store
 from raylaunch.worker.processes import Watch, sign_in, start_time
-from raylaunch.worker.sessions import members, signal_session
+from raylaunch.worker.sessions import members
 
 #: How long a session may take to be gone after its SIGKILL, in seconds. What the kernel holds longer is given up.
 KILLED_SECONDS = 10.0
@@ -154,8 +154,8 @@ class Forker:
             self._obey(client, json.loads(line))
 
     def _obey(self, client: Client, message: dict[str, Any]) -> None:
-        if message["do"] == "signal":
-            self._signal(client, message["number"])
+        if message["do"] == "stop":
+            self._stop(client)
         elif self._failed:
             self._tell(client, {"failed": self._failed})
         elif message["do"] == "store":
@@ -164,12 +164,12 @@ class Forker:
             client.waiting = Order.parse(message["order"])
             self._start_waiting()
 
-    def _signal(self, client: Client, number: int) -> None:
+    def _stop(self, client: Client) -> None:
         if client.waiting is not None:
             client.waiting = None
-            self._tell(client, {"signal": number})
+            self._tell(client, {"signal": signal.SIGTERM})
         elif client.session in self._sessions:
-            signal_session(client.session.leader, number)
+            self._end(client.session, self._settings.stop_seconds)
 
     def _tell(self, client: Client, message: dict[str, Any]) -> None:
         try:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 from collections.abc import Collection
 from pathlib import Path
 
 from raylaunch.coordinator.commands import Process
-from raylaunch.worker.processes import PARENT, SESSION, STATE, Watch, start_time, stat_fields
+from raylaunch.worker.processes import PARENT, SESSION, STATE, start_time, stat_fields
 
 
 def members(sessions: Collection[int]) -> dict[int, list[Process]]:
@@ -27,13 +25,6 @@ def members(sessions: Collection[int]) -> dict[int, list[Process]]:
             if started is not None:
                 found[int(fields[SESSION])].append(Process(int(entry.name), started))
     return found
-
-
-def signal_session(session: int, number: int) -> None:
-    """A signal to all of a session that is there now."""
-    for process in members([session])[session]:
-        with contextlib.suppress(OSError), Watch(process) as watch:
-            watch.kill(signal.Signals(number))
 
 
 def is_in_session_of(process: Process, parent: int) -> bool:
