@@ -311,12 +311,13 @@ def test_ctrl_c_asks_the_commands_and_waits_for_them(one_node, tmp_path, script)
 def test_after_a_failure_the_other_ranks_have_their_time_before_the_next_generation_starts(
     one_node, start_command, script, tmp_path
 ):
-    run = start_command(Command(Entry.SCRIPT, script(SAVES), (str(tmp_path),)), num_workers=2)
+    run = start_command(Command(Entry.SCRIPT, script(SAVES), (str(tmp_path),)), num_workers=2, spares="auto")
     pids = up(tmp_path, 1, 2)
+    run.running(1, spares=2)
     os.kill(pids[0], signal.SIGKILL)
     up(tmp_path, 2, 2)
-    seen = eventually(lambda: [path.read_text() for path in tmp_path.glob("up-2-*")], "generation 2 has looked")
-    assert seen == ["saved-1-1"] * 2
+    seen = lambda: [path.read_text() for path in tmp_path.glob("up-2-*")]  # noqa: E731
+    eventually(lambda: seen() == ["saved-1-1"] * 2, "generation 2 finds what the first has saved")
     (tmp_path / "enough").touch()
     assert run.result().restarts == 1
 
