@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ _TRACEBACK = "Traceback (most recent call last):"
 
 def account_of(ending: Ending, error_file: str, stderr: str) -> Ending:
     """`ending` with what the command said of it, where it failed by itself. Raises nothing."""
-    if ending.kind is not EndKind.EXITED and ending.kind is not EndKind.SIGNALED:
+    by_itself = ending.kind is EndKind.SIGNALED and ending.signal not in (signal.SIGKILL, signal.SIGTERM)
+    if ending.kind is not EndKind.EXITED and not by_itself:
         return ending
     return _recorded(ending, error_file) or _printed(ending, stderr)
 

@@ -151,7 +151,10 @@ class Forker:
         client.received += data
         while b"\n" in client.received:
             line, _, client.received = client.received.partition(b"\n")
-            self._obey(client, json.loads(line))
+            try:
+                self._obey(client, json.loads(line))
+            except OSError as error:  # no more processes, or descriptors
+                self._tell(client, {"failed": f"{type(error).__name__}: {error}"})
 
     def _obey(self, client: Client, message: dict[str, Any]) -> None:
         if message["do"] == "stop":
@@ -221,7 +224,10 @@ class Forker:
                 self._end(session, self._settings.stop_seconds)
             if not older:
                 client.waiting = None
-                self._start(client, order)
+                try:
+                    self._start(client, order)
+                except OSError as error:  # no more processes, or descriptors
+                    self._tell(client, {"failed": f"it can't be started: {error}"})
 
     def _start(self, client: Client, order: Order) -> None:
         pid = self._fork(lambda: become(order))

@@ -161,7 +161,8 @@ def test_a_killed_rank_re_forms_and_finishes(one_node, start_command, script, tm
     (tmp_path / "enough").touch()
     result = run.result()
     assert (result.generation, result.restarts) == (2, 1)
-    assert "killed by SIGKILL" in result.recoveries[0].cause
+    pid = pids[1] if whom == "the command" else members[1].process.pid
+    assert f"pid {pid}) killed by SIGKILL" in result.recoveries[0].cause
     assert logs(run, 2)[1][0] == "rank 1 of 2 in generation 2\ndone\n"
 
 

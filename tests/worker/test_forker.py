@@ -422,7 +422,7 @@ def test_a_keeper_starts_a_new_forker_when_one_has_died(tmp_path, python):
     second.wait()
     for client in (first, second):
         client.close()
-    keeper.end()
+    keeper.end(at_once=False)
     assert not keeper.lives()
 
 
