@@ -88,7 +88,7 @@ class Ending:
             return self.message
         else:
             text = _PLAIN[self.kind]
-        return f"{text} ({self.message})" if self.message else text
+        return f"{text} ({self.message.strip().splitlines()[0]})" if self.message.strip() else text
 
 
 _PLAIN = {
