@@ -76,8 +76,8 @@ class NodeAgent:
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
-        self._sweeper = start_sweeper(config.token, self._directory, raylet)
         self._forker = _keep_forker(config, self._directory, raylet) if config.command is not None else None
+        self._sweeper = start_sweeper(config.token, self._directory, raylet)
         threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
 
     async def watch(self, worker: int, process: Process) -> bool:
