@@ -78,8 +78,8 @@ class NodeAgent:
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
-        self._sweeper = start_sweeper(config.token, self._directory, raylet)
         self._forker = _keep_forker(config, self._directory, raylet) if config.command is not None else None
+        self._sweeper = start_sweeper(config.token, self._directory, raylet)
         threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
 
     async def watch(self, worker: int, process: Process) -> bool:
@@ -142,15 +142,15 @@ class NodeAgent:
             # Not every file system tells of what is written: torchrun looks as well, every 0.1 s.
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def end(self, seconds: float) -> list[int]:
+    async def end(self, seconds: float, *, at_once: bool) -> list[int]:
         """End everything of the run on this node, bounded; returns the pids that would not go.
 
-        What a command has left has its time after SIGTERM; everything else goes at once.
+        What is left of a command has its time after SIGTERM, unless it is to go `at_once` as everything else.
         """
         loop = asyncio.get_running_loop()
         stubborn = await self._end_processes(list(self._processes.values()), seconds)
         if self._forker is not None:
-            await loop.run_in_executor(None, self._forker.end)
+            await loop.run_in_executor(None, self._forker.end, at_once)
         found = await loop.run_in_executor(None, strays, self._token, self._directory)
         stubborn += await self._end_processes([process for process, _ in found], seconds)
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -226,6 +226,10 @@ def _keep_forker(config: WorkerConfig, directory: str, raylet: Process) -> Forke
         use_gpu=config.use_gpu,
         host=ray.util.get_node_ip_address(),
     )
+    if (
+        config.use_gpu
+    ):  # a preloaded module that asks whether there is a GPU would initialise CUDA: no fork could use it
+        environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # torch.distributed: the stores need it, whatever the commands want.
     preload = tuple(dict.fromkeys((*config.preload, "torch.distributed")))
     return ForkerKeeper(Settings(directory, raylet, config.stop_seconds, preload), environ)

@@ -6,7 +6,7 @@ connection each, with one message a line, as JSON (`forker_client.py` is their s
 
     {"do": "store", "host": ...}     -> {"port": ...}: a fork that holds a TCPStore for as long as the connection
     {"do": "run", "order": {...}}    -> {"pid": ...}, and when it has ended {"exit_code": ...} or {"signal": ...}
-    {"do": "signal", "number": ...}  to the rank's whole session
+    {"do": "stop"}                   ends the rank's session as the end of the connection does
 
 What can't be done is answered by {"failed": ...}. A connection that ends takes its rank's session with it: SIGTERM, and
 SIGKILL after the run's `timeouts.stop`; what has left the session is the agent's to end. No rank of a generation starts
@@ -20,13 +20,11 @@ import ctypes
 import gc
 import importlib
 import json
-import math
 import os
 import selectors
 import signal
 import socket
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -34,33 +32,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raylaunch.coordinator.commands import Process
 from raylaunch.worker.forked import Order, become
 from raylaunch.worker.forker_keeper import SOCKET, Settings
 from raylaunch.worker.process_group import open_store
 from raylaunch.worker.processes import Watch, sign_in, start_time
-from raylaunch.worker.sessions import members, signal_session
+from raylaunch.worker.sessions import Session, Sessions
 
-#: How long a session may take to be gone after its SIGKILL, in seconds. What the kernel holds longer is given up.
-KILLED_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
-
-
-@dataclass(eq=False)
-class Session:
-    """A rank's processes."""
-
-    leader: int
-    generation: int
-    client: Client
-    #: The leader's pidfd; -1 when it has ended.
-    pidfd: int
-    #: When what is left of it gets SIGKILL; None: nobody ends it.
-    deadline: float | None = None
-    killed: bool = False
-    #: While it is being ended: its living processes, as they were found.
-    watched: dict[Process, Watch] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -68,7 +47,6 @@ class Client:
     """A worker's connection."""
 
     connection: socket.socket
-    process: Process
     received: bytearray = field(default_factory=bytearray)
     #: The fork that holds its store, and the pipe on which that says the port (-1: it has).
     store: tuple[int, int] | None = None
@@ -92,8 +70,7 @@ class Forker:
         self._pid = os.getpid()
         self._selector = selectors.DefaultSelector()
         self._clients: set[Client] = set()
-        self._sessions: set[Session] = set()
-        self._to_look_at: set[Session] = set()
+        self._sessions = Sessions(self._selector, self._start_waiting)
         self._agent_lives = True
         self._raylet = Watch(settings.raylet)
         self._listener = listener
@@ -119,10 +96,7 @@ class Forker:
         """Serve until nobody is left. Returns None then; and in each fork, what that is to do."""
         try:
             while self._agent_lives or self._clients or self._sessions:
-                if self._to_look_at:
-                    self._look()
-                    continue
-                for key, _ in self._selector.select(self._mind_deadlines()):
+                for key, _ in self._selector.select(self._sessions.go_on()):
                     if self._selector.get_map().get(key.fd) is key:  # not gone by what came before it
                         key.data()
         except _Forked as forked:
@@ -135,8 +109,7 @@ class Forker:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        pid = int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
-        client = Client(connection, Process(pid, start_time(pid) or 0))
+        client = Client(connection)
         self._clients.add(client)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
 
@@ -151,11 +124,14 @@ class Forker:
         client.received += data
         while b"\n" in client.received:
             line, _, client.received = client.received.partition(b"\n")
-            self._obey(client, json.loads(line))
+            try:
+                self._obey(client, json.loads(line))
+            except OSError as error:  # no more processes, or descriptors
+                self._tell(client, {"failed": f"{type(error).__name__}: {error}"})
 
     def _obey(self, client: Client, message: dict[str, Any]) -> None:
-        if message["do"] == "signal":
-            self._signal(client, message["number"])
+        if message["do"] == "stop":
+            self._stop(client)
         elif self._failed:
             self._tell(client, {"failed": self._failed})
         elif message["do"] == "store":
@@ -164,12 +140,12 @@ class Forker:
             client.waiting = Order.parse(message["order"])
             self._start_waiting()
 
-    def _signal(self, client: Client, number: int) -> None:
+    def _stop(self, client: Client) -> None:
         if client.waiting is not None:
             client.waiting = None
-            self._tell(client, {"signal": number})
-        elif client.session in self._sessions:
-            signal_session(client.session.leader, number)
+            self._tell(client, {"signal": signal.SIGTERM})
+        elif client.session is not None and client.session in self._sessions:
+            self._sessions.end(client.session, self._settings.stop_seconds)
 
     def _tell(self, client: Client, message: dict[str, Any]) -> None:
         try:
@@ -189,14 +165,14 @@ class Forker:
                 os.close(pipe)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        if client.session in self._sessions:
-            self._end(client.session, seconds)
+        if client.session is not None and client.session in self._sessions:
+            self._sessions.end(client.session, seconds)
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
     def _open_store(self, client: Client, host: str) -> None:
         reader, writer = os.pipe()
-        pid = self._fork(lambda: _hold_store(host, writer), keep=writer)
+        pid = self._fork(lambda: _hold_store(host, writer))
         os.close(writer)
         client.store = (pid, reader)
         self._selector.register(reader, selectors.EVENT_READ, lambda: self._store_opened(client, pid, reader))
@@ -214,104 +190,21 @@ class Forker:
         """Start what may start: what is left of older generations goes first."""
         for client in list(self._clients):
             order = client.waiting
-            if order is None:
-                continue
-            older = [session for session in self._sessions if session.generation < order.generation]
-            for session in older:
-                self._end(session, self._settings.stop_seconds)
-            if not older:
+            if order is not None and not self._sessions.end_older(order.generation, self._settings.stop_seconds):
                 client.waiting = None
-                self._start(client, order)
+                try:
+                    self._start(client, order)
+                except OSError as error:  # no more processes, or descriptors
+                    self._tell(client, {"failed": f"it can't be started: {error}"})
 
     def _start(self, client: Client, order: Order) -> None:
         pid = self._fork(lambda: become(order))
-        session = Session(pid, order.generation, client, os.pidfd_open(pid))
-        client.session = session
-        self._sessions.add(session)
-        self._selector.register(session.pidfd, selectors.EVENT_READ, lambda: self._ended(session))
+        client.session = self._sessions.add(pid, order.generation, lambda how: self._tell(client, how))
         self._tell(client, {"pid": pid, "started": start_time(pid)})
-
-    def _ended(self, session: Session) -> None:
-        self._selector.unregister(session.pidfd)
-        os.close(session.pidfd)
-        session.pidfd = -1
-        # Not reaped before its whole session is gone: until then nobody else can get its number.
-        result = os.waitid(os.P_PID, session.leader, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        if result is not None:  # otherwise the kernel holds it, and it was given up
-            how = "exit_code" if result.si_code == os.CLD_EXITED else "signal"
-            self._tell(session.client, {how: result.si_status})
-
-    # -- the ends of sessions ----------------------------------------------------------------------------------------
-
-    def _end(self, session: Session, seconds: float) -> None:
-        """Begin to end a session, or to end it sooner."""
-        deadline = time.monotonic() + seconds
-        if session.deadline is None or deadline < session.deadline:
-            session.deadline = deadline
-            self._to_look_at.add(session)
-
-    def _look(self) -> None:
-        """See who is in the sessions that end. Everybody is asked once, and killed when the time is over."""
-        sessions, self._to_look_at = self._to_look_at & self._sessions, set()
-        found = members({session.leader for session in sessions})
-        for session in sessions:
-            living = found[session.leader]
-            for process in living:
-                if process not in session.watched:
-                    self._watch(session, process)
-            if not living:
-                self._session_gone(session)
-
-    def _watch(self, session: Session, process: Process) -> None:
-        watch = Watch(process)
-        if watch.fileno() < 0:  # gone meanwhile: whether others are left is seen by looking again
-            self._to_look_at.add(session)
-            return
-        session.watched[process] = watch
-        self._selector.register(watch.fileno(), selectors.EVENT_READ, lambda: self._member_gone(session, process))
-        assert session.deadline is not None
-        if time.monotonic() < session.deadline:
-            watch.kill(signal.SIGTERM)
-            watch.kill(signal.SIGCONT)  # a stopped process wouldn't hear it
-        else:
-            watch.kill()
-
-    def _member_gone(self, session: Session, process: Process) -> None:
-        watch = session.watched.pop(process)
-        self._selector.unregister(watch.fileno())
-        watch.close()
-        if not session.watched:
-            self._to_look_at.add(session)
-
-    def _mind_deadlines(self) -> float | None:
-        """Kill those whose time is over; how long until the next one's is, in seconds."""
-        now, next_one = time.monotonic(), math.inf
-        for session in [session for session in self._sessions if session.deadline is not None]:
-            assert session.deadline is not None
-            if now >= session.deadline and not session.killed:
-                session.killed = True
-                for watch in session.watched.values():
-                    watch.kill()
-            given_up = session.deadline + KILLED_SECONDS
-            if now >= given_up:
-                self._session_gone(session)
-            else:
-                next_one = min(next_one, given_up if session.killed else session.deadline)
-        return None if next_one == math.inf else next_one - now
-
-    def _session_gone(self, session: Session) -> None:
-        """None of its processes is left, or the kernel doesn't let them go."""
-        for process in list(session.watched):
-            self._member_gone(session, process)
-        if session.pidfd >= 0:
-            self._ended(session)
-        os.waitpid(session.leader, os.WNOHANG)
-        self._sessions.discard(session)
-        self._start_waiting()
 
     # -- forks, and the end ------------------------------------------------------------------------------------------
 
-    def _fork(self, job: Callable[[], None], keep: int = -1) -> int:
+    def _fork(self, job: Callable[[], None]) -> int:
         """The fork's pid. In the fork it doesn't return: the stack is left, nothing of the forker's stays open."""
         with warnings.catch_warnings():
             # Python 3.12 warns of threads that a preloaded library has started, such as OpenBLAS's, which know forks.
@@ -322,21 +215,18 @@ class Forker:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != self._pid:
             os._exit(1)
-        self._close(keep)
+        self._close()
         raise _Forked(job)
 
-    def _close(self, keep: int) -> None:
-        ours = {watch.fileno() for session in self._sessions for watch in session.watched.values()}
-        descriptors = [key.fileobj for key in self._selector.get_map().values() if key.fd not in ours]
-        watches = [watch for session in self._sessions for watch in session.watched.values()]
+    def _close(self) -> None:
         self._selector.close()
-        for watch in (self._raylet, *watches):
-            watch.close()
-        for one in descriptors:
-            if isinstance(one, socket.socket):
-                one.close()
-            elif isinstance(one, int) and one not in (0, keep):
-                os.close(one)
+        self._sessions.close()
+        self._raylet.close()
+        self._listener.close()
+        for client in self._clients:
+            client.connection.close()
+            if client.store is not None and client.store[1] >= 0:
+                os.close(client.store[1])
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
@@ -351,8 +241,7 @@ class Forker:
         self._agent_lives = False
         for client in list(self._clients):
             self._drop(client, 0.0)
-        for session in self._sessions:
-            self._end(session, 0.0)
+        self._sessions.end_all(0.0)
 
 
 def _hold_store(host: str, answer: int) -> NoReturn:

@@ -89,13 +89,14 @@ class ForkerKeeper:
         """Whether this is in a rank's session: then the forker ends it, when it has had its time after SIGTERM."""
         return self._forker is not None and self.lives() and is_in_session_of(process, self._forker.pid)
 
-    def end(self) -> None:
+    def end(self, at_once: bool) -> None:
         """Have it end when its last rank has, which takes `stop_seconds` and a little; then see that it is gone."""
         with self._lock:
             self._ending = True
             if self._pipe is not None:
                 self._pipe.close()
-        self._thread.join(self._settings.stop_seconds + END_SECONDS)
+        if not at_once:
+            self._thread.join(self._settings.stop_seconds + END_SECONDS)
         if self._forker is not None:
             end_process(self._forker, END_SECONDS)
 
