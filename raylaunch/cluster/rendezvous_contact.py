@@ -109,8 +109,8 @@ class Contact:
 
         As long as the rendezvous takes to give an agent up. Before the first answer: as long as the agent's wish lasts.
         """
-        first = self._known is None and report.wish is not None
-        limit = report.wish.timeout if first and report.wish else report.settings.silence + report.settings.keep_alive
+        first_wish = report.wish if self._known is None else None
+        limit = first_wish.timeout if first_wish else report.settings.silence + report.settings.keep_alive
         silent = time.monotonic() - self._heard
         if silent < limit:
             return ""
