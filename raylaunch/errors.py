@@ -65,6 +65,8 @@ class Ending:
     traceback: str = ""
     collateral: bool = False
     fatal: bool = False
+    #: Of the process that ended, where that isn't the worker's own: a command's. 0: it is the worker's.
+    pid: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", _cut(_plain(self.message), MESSAGE_LIMIT))
@@ -87,7 +89,7 @@ class Ending:
             return self.message
         else:
             text = _PLAIN[self.kind]
-        return f"{text} ({self.message})" if self.message else text
+        return f"{text} ({self.message.strip().splitlines()[0]})" if self.message.strip() else text
 
 
 _PLAIN = {

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import string
+from dataclasses import replace
 
 from raylaunch.cluster.folders import last_words_directory, log_root, rank_folder
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
@@ -110,12 +111,13 @@ class CommandPayload:
         if self._forker is None or self._order is None:
             return Ending(EndKind.KILLED, message="it never joined"), None
         forker = self._forker
-        signal.signal(signal.SIGTERM, lambda number, _frame: forker.signal(number))
+        signal.signal(signal.SIGTERM, lambda _number, _frame: forker.stop())
         try:
-            forker.start(self._order)
-        except ForkerError as error:
-            return Ending(EndKind.CANNOT_WORK, message=str(error), fatal=True), None
-        return account_of(forker.wait(), self._error_file, self._order.stderr), None
+            pid = forker.start(self._order)
+        except ForkerError as error:  # it could not fork
+            return Ending(EndKind.KILLED, message=str(error)), None
+        ending = replace(forker.wait(), pid=pid)
+        return account_of(ending, self._error_file, self._order.stderr), None
 
     def collect(self) -> None:
         """A command has no value."""

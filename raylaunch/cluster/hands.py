@@ -100,6 +100,8 @@ class Hands:
         self.values: dict[int, Any] = {}
         #: What is told to those that become ranks: of the run that is going on.
         self.run: RunConfig | None = None
+        #: In the end, whether commands get no time after SIGTERM.
+        self.at_once = False
         self._closing = False
 
     # -- placement groups --------------------------------------------------------------------------------------------
@@ -422,8 +424,9 @@ class Hands:
 
     async def _end_node(self, node: str, agent: Agent) -> None:
         try:
-            answer = agent.actor.end.remote(END_SECONDS)
-            seconds = AGENT_SECONDS + (self._config.stop_seconds if self._config.command is not None else 0.0)
+            answer = agent.actor.end.remote(END_SECONDS, at_once=self.at_once)
+            patient = self._config.command is not None and not self.at_once
+            seconds = AGENT_SECONDS + (self._config.stop_seconds if patient else 0.0)
             stubborn = await asyncio.wait_for(asyncio.wrap_future(answer.future()), seconds)
         except Exception as error:
             logger.info(

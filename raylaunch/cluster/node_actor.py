@@ -76,8 +76,8 @@ class NodeAgent:
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
-        self._sweeper = start_sweeper(config.token, self._directory, raylet)
         self._forker = _keep_forker(config, self._directory, raylet) if config.command is not None else None
+        self._sweeper = start_sweeper(config.token, self._directory, raylet)
         threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
 
     async def watch(self, worker: int, process: Process) -> bool:
@@ -136,15 +136,15 @@ class NodeAgent:
             # Not every file system tells of what is written: torchrun looks as well, every 0.1 s.
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def end(self, seconds: float) -> list[int]:
+    async def end(self, seconds: float, *, at_once: bool) -> list[int]:
         """End everything of the run on this node, bounded; returns the pids that would not go.
 
-        What a command has left has its time after SIGTERM; everything else goes at once.
+        What is left of a command has its time after SIGTERM, unless it is to go `at_once` as everything else.
         """
         loop = asyncio.get_running_loop()
         stubborn = await self._end_processes(list(self._processes.values()), seconds)
         if self._forker is not None:
-            await loop.run_in_executor(None, self._forker.end)
+            await loop.run_in_executor(None, self._forker.end, at_once)
         found = await loop.run_in_executor(None, strays, self._token, self._directory)
         stubborn += await self._end_processes([process for process, _ in found], seconds)
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -179,10 +179,8 @@ class NodeAgent:
     async def _end_strays(self, worker: Process) -> None:
         """End what a worker has left behind: Ray 2.60 reaches its children only in its own process group."""
         loop = asyncio.get_running_loop()
-        if self._forker is not None and await loop.run_in_executor(None, self._forker.lives):
-            return  # it does so, when the command has had its time after SIGTERM
         for process, parent in await loop.run_in_executor(None, strays, self._token, self._directory):
-            if parent == worker:
+            if parent == worker and (self._forker is None or not self._forker.ends(process)):
                 await loop.run_in_executor(None, end_process, process, CHILD_SECONDS)
 
     async def _explain(self, worker: int, watch: Watch, process: Process) -> None:
@@ -222,9 +220,13 @@ def _keep_forker(config: WorkerConfig, directory: str, raylet: Process) -> Forke
         use_gpu=config.use_gpu,
         host=ray.util.get_node_ip_address(),
     )
+    if (
+        config.use_gpu
+    ):  # a preloaded module that asks whether there is a GPU would initialise CUDA: no fork could use it
+        environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # torch.distributed: the stores need it, whatever the commands want.
     preload = tuple(dict.fromkeys((*config.preload, "torch.distributed")))
-    return ForkerKeeper(Settings(directory, config.token, raylet, config.stop_seconds, preload), environ)
+    return ForkerKeeper(Settings(directory, raylet, config.stop_seconds, preload), environ)
 
 
 def _go_with(raylet: Process) -> None:

@@ -89,6 +89,7 @@ class Shell:
         self._deliveries = Background()
         self._shortage = ""
         self._run: Run | None = None  # the one that is going on
+        self._stopping: Run | None = None  # the last that was asked to end
         self._delivering: set[Run] = set()
         self._queue: deque[Run] = deque()
         self._released = False  # no further run begins
@@ -122,7 +123,7 @@ class Shell:
 
     def abandon(self) -> None:
         """End everything at once, without asking the coordinator: it may be what hangs."""
-        self._soon(self._main_task.cancel)
+        self._soon(self._abandon)
 
     def wait(self, seconds: float) -> bool:
         """Wait until everything is over and gone; whether that came in time."""
@@ -149,7 +150,12 @@ class Shell:
 
     def _post_stop(self, run: Run, reason: str) -> None:
         if run is self._run:  # otherwise it has ended, and the next one is nobody's to stop
+            self._hands.at_once, self._stopping = self._stopping is run, run
             self.post(e.StopRequested(time.monotonic(), reason))
+
+    def _abandon(self) -> None:
+        self._hands.at_once = True
+        self._main_task.cancel()
 
     def _post_release(self, reason: str) -> None:
         self._released = True

@@ -88,7 +88,7 @@ def failure_of(c: Coordinator, worker: Worker, ending: Ending) -> Failure:
         local_rank=worker.local_rank,
         node=worker.node or worker.seat.bundle.node,
         host=worker.host,
-        pid=worker.process.pid if worker.process else 0,
+        pid=ending.pid or (worker.process.pid if worker.process else 0),
         generation=worker.generation,
         phase=PHASE_WORDS.get(worker.state, ""),
         at=c.now,
@@ -252,7 +252,7 @@ def learnt(c: Coordinator, worker: int, ending: Ending) -> None:
         return c.because("it was no rank of the generation that ended")
     if failed is None and signal_name(ending.signal) == "SIGTERM":  # Ray 2.60's way of killing, on our behalf
         return c.because("our own kill")
-    incident.add(worker, replace(known, ending=ending, at=c.now), c.now)
+    incident.add(worker, replace(known, ending=ending, pid=ending.pid or known.pid, at=c.now), c.now)
     if ending.fatal and c.phase in (Phase.RENDEZVOUS, Phase.ROLL_CALL, Phase.FORMING, Phase.RUNNING):
         conclude(c, _fatal_sentence(ending))
     return None

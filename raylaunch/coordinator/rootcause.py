@@ -67,7 +67,7 @@ class Incident:
         if known is not None:
             if strength(failure.ending) >= strength(known.ending):
                 return
-            failure = replace(known, ending=failure.ending)
+            failure = replace(known, ending=failure.ending, pid=failure.pid)
         self.failures[worker] = failure
         if strength(failure.ending) <= _STRENGTH[EndKind.UNREACHABLE]:
             self.settle_at = min(self.settle_at, now + WINDOW)

@@ -27,7 +27,7 @@ from raylaunch.torchrun.events import Reporter
 from raylaunch.torchrun.failure import process_exit_code, wall_clock
 from raylaunch.torchrun.launch import launch, run_command, run_function
 from raylaunch.torchrun.logs_specs import log_dir_of, logs_of
-from raylaunch.torchrun.plan import Plan, signals_for
+from raylaunch.torchrun.plan import NO_BINDING, Plan, signals_for
 from raylaunch.torchrun.rendezvous import run_id_for, timeouts_of
 from raylaunch.torchrun.sizing import Wish
 
@@ -166,6 +166,7 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         log_dir=log_dir_of(config.logs_specs),
         signals=signals_for(config.signals_to_handle),
         event_log_handler=config.event_log_handler,
+        notes=() if config.numa_options is None else (NO_BINDING.format(f"numa_options={config.numa_options}"),),
     )
     asked.trial()
     return asked

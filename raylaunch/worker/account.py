@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from raylaunch.worker.process_group import is_collateral_text
 #: How many lines of a stderr without a traceback are shown.
 _LINES = 20
 _TRACEBACK = "Traceback (most recent call last):"
+#: What torch (2.13) puts before each line of a traceback once there is a process group.
+_PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
 
 
 def account_of(ending: Ending, error_file: str, stderr: str) -> Ending:
     """`ending` with what the command said of it, where it failed by itself. Raises nothing."""
-    if ending.kind is not EndKind.EXITED and ending.kind is not EndKind.SIGNALED:
+    by_itself = ending.kind is EndKind.SIGNALED and ending.signal not in (signal.SIGKILL, signal.SIGTERM)
+    if ending.kind is not EndKind.EXITED and not by_itself:
         return ending
     return _recorded(ending, error_file) or _printed(ending, stderr)
 
@@ -31,8 +35,10 @@ def _recorded(ending: Ending, error_file: str) -> Ending | None:
         return None
     if isinstance(said, str):  # anybody may write it
         return replace(ending, message=said)
-    text = str(said.get("message", ""))
-    trace = str((said.get("extraInfo") or {}).get("py_callstack", ""))
+    if not isinstance(said, dict) or not isinstance(said.get("message"), str):
+        return None
+    text, extra = said["message"], said.get("extraInfo")
+    trace = str(extra.get("py_callstack", "")) if isinstance(extra, dict) else ""
     kind = re.match(r"([\w.]+): ", text)
     error_type = kind[1] if kind else ""
     return replace(ending, error_type=error_type, message=text, traceback=trace, collateral=is_collateral_text(text))
@@ -42,7 +48,7 @@ def _printed(ending: Ending, stderr: str) -> Ending:
     try:
         with open(stderr, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TRACEBACK_LIMIT))
-            text = file.read().decode(errors="replace")
+            text = _PREFIX.sub("", file.read().decode(errors="replace"))
     except OSError:
         return ending
     start = text.rfind(_TRACEBACK)

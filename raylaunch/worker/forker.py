@@ -6,11 +6,12 @@ connection each, with one message a line, as JSON (`forker_client.py` is their s
 
     {"do": "store", "host": ...}     -> {"port": ...}: a fork that holds a TCPStore for as long as the connection
     {"do": "run", "order": {...}}    -> {"pid": ...}, and when it has ended {"exit_code": ...} or {"signal": ...}
-    {"do": "signal", "number": ...}  to the rank's whole session
+    {"do": "stop"}                   ends the rank's session as the end of the connection does
 
 What can't be done is answered by {"failed": ...}. A connection that ends takes its rank's session with it: SIGTERM, and
-SIGKILL after the run's `timeouts.stop`. No rank of a generation starts here before the sessions of the older ones are
-gone. The forker goes when the agent and all workers have gone; when the raylet has, at once, with everything.
+SIGKILL after the run's `timeouts.stop`; what has left the session is the agent's to end. No rank of a generation starts
+here before the sessions of the older ones are gone. The forker goes when the agent and all workers have gone; when the
+raylet has, at once, with everything.
 """
 
 from __future__ import annotations
@@ -31,30 +32,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raylaunch.coordinator.commands import Process
 from raylaunch.worker.forked import Order, become
 from raylaunch.worker.forker_keeper import SOCKET, Settings
 from raylaunch.worker.process_group import open_store
-from raylaunch.worker.processes import Watch, end_process, sign_in, start_time, strays
-from raylaunch.worker.sessions import end_session, signal_session
+from raylaunch.worker.processes import Watch, sign_in, start_time
+from raylaunch.worker.sessions import Session, Sessions
 
-#: How long a process that has left its session may take to be gone after its SIGKILL, in seconds.
-STRAY_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
-
-
-@dataclass(eq=False)
-class Session:
-    """A rank's processes."""
-
-    leader: int
-    generation: int
-    client: Client
-    #: Of the leader; -1 when it has ended.
-    pidfd: int
-    #: The fork that ends it, and its pidfd.
-    ender: tuple[int, int] | None = None
 
 
 @dataclass(eq=False)
@@ -62,7 +47,6 @@ class Client:
     """A worker's connection."""
 
     connection: socket.socket
-    process: Process
     received: bytearray = field(default_factory=bytearray)
     #: The fork that holds its store, and the pipe on which that says the port (-1: it has).
     store: tuple[int, int] | None = None
@@ -86,7 +70,7 @@ class Forker:
         self._pid = os.getpid()
         self._selector = selectors.DefaultSelector()
         self._clients: set[Client] = set()
-        self._sessions: set[Session] = set()
+        self._sessions = Sessions(self._selector, self._start_waiting)
         self._agent_lives = True
         self._raylet = Watch(settings.raylet)
         self._listener = listener
@@ -112,7 +96,7 @@ class Forker:
         """Serve until nobody is left. Returns None then; and in each fork, what that is to do."""
         try:
             while self._agent_lives or self._clients or self._sessions:
-                for key, _ in self._selector.select():
+                for key, _ in self._selector.select(self._sessions.go_on()):
                     if self._selector.get_map().get(key.fd) is key:  # not gone by what came before it
                         key.data()
         except _Forked as forked:
@@ -125,8 +109,7 @@ class Forker:
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
-        pid = int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
-        client = Client(connection, Process(pid, start_time(pid) or 0))
+        client = Client(connection)
         self._clients.add(client)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
 
@@ -141,11 +124,14 @@ class Forker:
         client.received += data
         while b"\n" in client.received:
             line, _, client.received = client.received.partition(b"\n")
-            self._obey(client, json.loads(line))
+            try:
+                self._obey(client, json.loads(line))
+            except OSError as error:  # no more processes, or descriptors
+                self._tell(client, {"failed": f"{type(error).__name__}: {error}"})
 
     def _obey(self, client: Client, message: dict[str, Any]) -> None:
-        if message["do"] == "signal":
-            self._signal(client, message["number"])
+        if message["do"] == "stop":
+            self._stop(client)
         elif self._failed:
             self._tell(client, {"failed": self._failed})
         elif message["do"] == "store":
@@ -154,12 +140,12 @@ class Forker:
             client.waiting = Order.parse(message["order"])
             self._start_waiting()
 
-    def _signal(self, client: Client, number: int) -> None:
+    def _stop(self, client: Client) -> None:
         if client.waiting is not None:
             client.waiting = None
-            self._tell(client, {"signal": number})
-        elif client.session in self._sessions:
-            signal_session(client.session.leader, number)
+            self._tell(client, {"signal": signal.SIGTERM})
+        elif client.session is not None and client.session in self._sessions:
+            self._sessions.end(client.session, self._settings.stop_seconds)
 
     def _tell(self, client: Client, message: dict[str, Any]) -> None:
         try:
@@ -179,14 +165,14 @@ class Forker:
                 os.close(pipe)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        if client.session in self._sessions:
-            self._end(client.session, seconds)
+        if client.session is not None and client.session in self._sessions:
+            self._sessions.end(client.session, seconds)
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
     def _open_store(self, client: Client, host: str) -> None:
         reader, writer = os.pipe()
-        pid = self._fork(lambda: _hold_store(host, writer), keep=writer)
+        pid = self._fork(lambda: _hold_store(host, writer))
         os.close(writer)
         client.store = (pid, reader)
         self._selector.register(reader, selectors.EVENT_READ, lambda: self._store_opened(client, pid, reader))
@@ -204,70 +190,21 @@ class Forker:
         """Start what may start: what is left of older generations goes first."""
         for client in list(self._clients):
             order = client.waiting
-            if order is None:
-                continue
-            older = [session for session in self._sessions if session.generation < order.generation]
-            for session in older:
-                self._end(session, self._settings.stop_seconds)
-            if not older:
+            if order is not None and not self._sessions.end_older(order.generation, self._settings.stop_seconds):
                 client.waiting = None
-                self._start(client, order)
+                try:
+                    self._start(client, order)
+                except OSError as error:  # no more processes, or descriptors
+                    self._tell(client, {"failed": f"it can't be started: {error}"})
 
     def _start(self, client: Client, order: Order) -> None:
         pid = self._fork(lambda: become(order))
-        session = Session(pid, order.generation, client, os.pidfd_open(pid))
-        client.session = session
-        self._sessions.add(session)
-        self._selector.register(session.pidfd, selectors.EVENT_READ, lambda: self._ended(session))
+        client.session = self._sessions.add(pid, order.generation, lambda how: self._tell(client, how))
         self._tell(client, {"pid": pid, "started": start_time(pid)})
-
-    def _ended(self, session: Session) -> None:
-        self._selector.unregister(session.pidfd)
-        os.close(session.pidfd)
-        session.pidfd = -1
-        # Not reaped before its whole session is gone: until then nobody else can get its number.
-        result = os.waitid(os.P_PID, session.leader, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        if result is not None:  # otherwise the kernel holds it, and it was given up
-            how = "exit_code" if result.si_code == os.CLD_EXITED else "signal"
-            self._tell(session.client, {how: result.si_status})
-
-    def _end(self, session: Session, seconds: float) -> None:
-        """Have a session ended, by a fork that has the time to wait for it."""
-        if session.ender is not None:
-            if seconds:
-                return
-            self._over(session)
-        pid = self._fork(lambda: self._end_all(session, seconds))
-        session.ender = (pid, os.pidfd_open(pid))
-        self._selector.register(session.ender[1], selectors.EVENT_READ, lambda: self._session_gone(session))
-
-    def _end_all(self, session: Session, seconds: float) -> NoReturn:
-        end_session(session.leader, seconds)
-        for process, worker in strays(self._settings.token, self._settings.directory):
-            if worker == session.client.process:  # it has left the session
-                end_process(process, STRAY_SECONDS)
-        os._exit(0)
-
-    def _over(self, session: Session) -> None:
-        """Its ender is no more needed, or no more there."""
-        assert session.ender is not None
-        pid, pidfd = session.ender
-        self._selector.unregister(pidfd)
-        os.close(pidfd)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-    def _session_gone(self, session: Session) -> None:
-        self._over(session)
-        if session.pidfd >= 0:
-            self._ended(session)
-        os.waitpid(session.leader, os.WNOHANG)
-        self._sessions.discard(session)
-        self._start_waiting()
 
     # -- forks, and the end ------------------------------------------------------------------------------------------
 
-    def _fork(self, job: Callable[[], None], keep: int = -1) -> int:
+    def _fork(self, job: Callable[[], None]) -> int:
         """The fork's pid. In the fork it doesn't return: the stack is left, nothing of the forker's stays open."""
         with warnings.catch_warnings():
             # Python 3.12 warns of threads that a preloaded library has started, such as OpenBLAS's, which know forks.
@@ -278,18 +215,18 @@ class Forker:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != self._pid:
             os._exit(1)
-        self._close(keep)
+        self._close()
         raise _Forked(job)
 
-    def _close(self, keep: int) -> None:
-        descriptors = [key.fileobj for key in self._selector.get_map().values()]
+    def _close(self) -> None:
         self._selector.close()
+        self._sessions.close()
         self._raylet.close()
-        for one in descriptors:
-            if isinstance(one, socket.socket):
-                one.close()
-            elif isinstance(one, int) and one not in (0, keep):
-                os.close(one)
+        self._listener.close()
+        for client in self._clients:
+            client.connection.close()
+            if client.store is not None and client.store[1] >= 0:
+                os.close(client.store[1])
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
@@ -304,8 +241,7 @@ class Forker:
         self._agent_lives = False
         for client in list(self._clients):
             self._drop(client, 0.0)
-        for session in self._sessions:
-            self._end(session, 0.0)
+        self._sessions.end_all(0.0)
 
 
 def _hold_store(host: str, answer: int) -> NoReturn:

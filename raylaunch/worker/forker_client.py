@@ -30,7 +30,7 @@ class ForkerError(RaylaunchError):
 
 
 class ForkerClient:
-    """One connection. Its calls come in order, from one thread; `signal` may come at any time."""
+    """One connection. Its calls come in order, from one thread; `stop` may come at any time."""
 
     def __init__(self, directory: str, seconds: float, lost: Callable[[], None]) -> None:
         """Connect to the forker whose run has this directory, which may just be starting.
@@ -62,9 +62,9 @@ class ForkerClient:
         code = answer["exit_code"]
         return Ending(EndKind.EXITED, exit_code=code) if code else Ending(EndKind.RETURNED)
 
-    def signal(self, number: int) -> None:
-        """A signal to the rank's whole session."""
-        self._send({"do": "signal", "number": number})
+    def stop(self) -> None:
+        """SIGTERM to the rank's whole session, and SIGKILL when its time is over."""
+        self._send({"do": "stop"})
 
     def close(self) -> None:
         """Let go: the store and the rank's process, with its session, are ended."""

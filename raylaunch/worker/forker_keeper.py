@@ -14,6 +14,7 @@ from typing import IO
 
 from raylaunch.coordinator.commands import Process
 from raylaunch.worker.processes import Watch, end_process
+from raylaunch.worker.sessions import is_in_session_of
 
 #: The name of the forker's socket in the run's directory.
 SOCKET = "forker.sock"
@@ -31,7 +32,6 @@ class Settings:
     """What a forker is told when it starts. Goes over as JSON."""
 
     directory: str
-    token: str
     raylet: Process
     #: The run's `timeouts.stop`.
     stop_seconds: float
@@ -85,13 +85,18 @@ class ForkerKeeper:
         with Watch(self._forker) as watch:
             return watch.alive()
 
-    def end(self) -> None:
+    def ends(self, process: Process) -> bool:
+        """Whether this is in a rank's session: then the forker ends it, when it has had its time after SIGTERM."""
+        return self._forker is not None and self.lives() and is_in_session_of(process, self._forker.pid)
+
+    def end(self, at_once: bool) -> None:
         """Have it end when its last rank has, which takes `stop_seconds` and a little; then see that it is gone."""
         with self._lock:
             self._ending = True
             if self._pipe is not None:
                 self._pipe.close()
-        self._thread.join(self._settings.stop_seconds + END_SECONDS)
+        if not at_once:
+            self._thread.join(self._settings.stop_seconds + END_SECONDS)
         if self._forker is not None:
             end_process(self._forker, END_SECONDS)
 

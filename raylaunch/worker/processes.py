@@ -30,8 +30,8 @@ from raylaunch.errors import Ending, EndKind
 _PIDFD_INFO = struct.Struct("=QQ11Ii")
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 _PIDFD_INFO_EXIT = 1 << 3
-#: Positions in /proc/PID/stat behind the command's name (`man proc`: fields 3, 6, 9, 22 and 52).
-STATE, SESSION, _FLAGS, _STARTED, _EXIT_CODE = 0, 3, 6, 19, 49
+#: Positions in /proc/PID/stat behind the command's name (`man proc`: fields 3, 4, 6, 9, 22 and 52).
+STATE, PARENT, SESSION, _FLAGS, _STARTED, _EXIT_CODE = 0, 1, 3, 6, 19, 49
 _PF_EXITING = 0x4  # linux/sched.h
 
 #: faulthandler's words for the signals that it handles (Python 3.10 to 3.13).

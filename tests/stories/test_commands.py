@@ -8,9 +8,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from harness import eventually
+from drivers import Driver
+from harness import eventually, nothing_is_left, runs
 
-from raylaunch import EndKind
+from raylaunch import EndKind, Timeouts
 from raylaunch.command import Command, Entry, Logs, Streams
 
 #: Waits in lockstep until a file is there; says where it is by existing files.
@@ -160,7 +161,8 @@ def test_a_killed_rank_re_forms_and_finishes(one_node, start_command, script, tm
     (tmp_path / "enough").touch()
     result = run.result()
     assert (result.generation, result.restarts) == (2, 1)
-    assert "killed by SIGKILL" in result.recoveries[0].cause
+    pid = pids[1] if whom == "the command" else members[1].process.pid
+    assert f"pid {pid}) killed by SIGKILL" in result.recoveries[0].cause
     assert logs(run, 2)[1][0] == "rank 1 of 2 in generation 2\ndone\n"
 
 
@@ -234,3 +236,102 @@ def test_ranks_that_are_teed_have_prefixes_and_those_that_are_redirected_are_sil
     assert lines[:3000] == [b"<trainer 1> rank 1 line %d" % (number % 2) for number in range(3000)]
     assert b"rank 0 line 1\n" in shown.out
     assert b"warns" not in shown.err
+
+
+#: A driver in a process of its own, whose ranks run the script that it is given.
+DRIVER = """
+from raylaunch.cluster.session import Setup, launch_command
+from raylaunch.command import Command, Entry, Logs
+from raylaunch.spec import make_spec
+
+spec = make_spec(num_workers=2, spares=0, run_id=run_id, timeouts=raylaunch.Timeouts(stop=float(sys.argv[5])))
+setup = Setup(("torch",), None, (), None, log_dir)
+launch_command(spec, setup, Command(Entry.SCRIPT, sys.argv[4], (str(gates),)), Logs())
+"""
+
+#: Every rank has children of all sorts, as in test_nothing_left.py, and is deaf to SIGTERM.
+DEAF = """
+    import os, signal, subprocess, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    fork = os.fork()
+    if not fork:
+        os.setsid()
+        while True:
+            time.sleep(1000)
+    kids = [subprocess.Popen(["sleep", "1000"], start_new_session=new).pid for new in (False, True)]
+    for pid in [os.getpid(), fork, *kids]:
+        open(f"{sys.argv[1]}/pid-{pid}", "w").close()
+    open(f"{sys.argv[1]}/up-{os.environ['RANK']}", "w").close()
+    while not os.path.exists(f"{sys.argv[1]}/enough"):
+        time.sleep(0.05)
+    """
+
+#: Every rank takes its time to save when it is asked to stop.
+SAVES = """
+    import os, signal, sys, time
+    def save(*_):
+        time.sleep(0.5)
+        open(f"{sys.argv[1]}/saved-{os.environ['RANK']}-{os.environ['RAYLAUNCH_GENERATION']}", "w").close()
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, save)
+    there = sorted(name for name in os.listdir(sys.argv[1]) if name.startswith("saved"))
+    with open(f"{sys.argv[1]}/up-{os.environ['RAYLAUNCH_GENERATION']}-{os.environ['RANK']}-{os.getpid()}", "w") as file:
+        file.write(" ".join(there))
+    while not os.path.exists(f"{sys.argv[1]}/enough"):
+        time.sleep(0.01)
+    """
+
+
+def test_a_driver_that_is_killed_leaves_nothing_of_its_commands(one_node, tmp_path, script):
+    driver = Driver(one_node, tmp_path, DRIVER, arguments=(script(DEAF), "600"))
+    try:
+        eventually(lambda: len(list(driver.gates.glob("up-*"))) == 2, "ranks are up")
+        driver.signal(signal.SIGKILL)
+        pids = [int(path.name.removeprefix("pid-")) for path in driver.gates.glob("pid-*")]
+        assert len(pids) == 8  # of each rank: itself, a fork, two programs; some in sessions of their own
+        nothing_is_left(driver.log_dir, 10.0, pids=pids)
+        notes = Path(one_node.log_dir).parent / "raylaunch"
+        eventually(lambda: not list(notes.glob(f"{driver.run_id}-*")), "the sweeper is done")
+    finally:
+        driver.end()
+
+
+def test_ctrl_c_asks_the_commands_and_waits_for_them(one_node, tmp_path, script):
+    driver = Driver(one_node, tmp_path, DRIVER, arguments=(script(SAVES), "30"))
+    try:
+        up(driver.gates, 1, 2)
+        driver.signal(signal.SIGINT)
+        assert driver.exit_code() != 0
+        assert len(list(driver.gates.glob("saved-*"))) == 2
+        assert "KeyboardInterrupt" in driver.said()
+        nothing_is_left(driver.log_dir, 10.0)
+    finally:
+        driver.end()
+
+
+def test_after_a_failure_the_other_ranks_have_their_time_before_the_next_generation_starts(
+    one_node, start_command, script, tmp_path
+):
+    run = start_command(Command(Entry.SCRIPT, script(SAVES), (str(tmp_path),)), num_workers=2, spares="auto")
+    pids = up(tmp_path, 1, 2)
+    run.running(1, spares=2)
+    os.kill(pids[0], signal.SIGKILL)
+    up(tmp_path, 2, 2)
+    seen = lambda: [path.read_text() for path in tmp_path.glob("up-2-*")]  # noqa: E731
+    eventually(lambda: seen() == ["saved-1-1"] * 2, "generation 2 finds what the first has saved")
+    (tmp_path / "enough").touch()
+    assert run.result().restarts == 1
+
+
+def test_what_leaves_its_session_is_ended_with_its_rank(one_node, start_command, script, tmp_path):
+    run = start_command(
+        Command(Entry.SCRIPT, script(DEAF), (str(tmp_path),)), num_workers=1, timeouts=Timeouts(stop=0.5)
+    )
+    eventually(lambda: list(tmp_path.glob("up-0")), "the rank is up")
+    (tmp_path / "up-0").unlink()
+    first = {int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")}
+    os.kill(run.running().members[0].process.pid, signal.SIGKILL)
+    eventually(lambda: list(tmp_path.glob("up-0")), "the next one is up")
+    eventually(lambda: not any(map(runs, first)), f"{first} are gone", 10.0)
+    (tmp_path / "enough").touch()
+    run.result()

@@ -207,6 +207,10 @@ def test_what_has_no_effect_is_said_once_in_one_line(option):
     assert "\n" not in notes[0]
 
 
+def test_a_binding_that_is_not_made_is_said():
+    assert "--numa-binding=node: workers are not bound" in planned("--numa-binding=node t.py").notes[0]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

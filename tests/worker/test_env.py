@@ -12,7 +12,15 @@ import pytest
 
 from raylaunch.coordinator.commands import Assignment
 from raylaunch.errors import ConfigError
-from raylaunch.worker.env import DEFAULT_COPY_ENV, check_env, copied_env, interface_of, rank_env, spare_env
+from raylaunch.worker.env import (
+    DEFAULT_COPY_ENV,
+    check_env,
+    command_env,
+    copied_env,
+    interface_of,
+    rank_env,
+    spare_env,
+)
 
 ASSIGNMENT = Assignment(
     generation=4,
@@ -174,6 +182,52 @@ def test_an_env_that_cannot_work_is_refused(mapping, words):
 
 def test_an_env_that_can_work_is_not_refused():
     check_env("env", {"MY_FLAG": "1", "RANKING": "best", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "NCCL_DEBUG": "INFO"})
+
+
+def command(node: dict[str, str], driver: dict[str, str], env: dict[str, str] | None = None) -> dict[str, str]:
+    return command_env(
+        node,
+        run_id="abc",
+        copied=copied_env(driver, ("*",)),
+        env=env or {},
+        cpus_per_worker=2.5,
+        use_gpu=False,
+        host="127.0.0.1",
+    )
+
+
+def test_a_command_has_the_drivers_whole_environment_over_the_nodes(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    node = {"PATH": "/node", "ONLY_NODE": "1", "HOSTNAME": "node", "OMP_NUM_THREADS": "1"}
+    driver = {"PATH": "/driver", "ANYTHING": "a=b", "HOSTNAME": "driver", "HOME": "/home/me"}
+    seen = command(node, driver, {"ANYTHING": "mine"})
+    expected = {"PATH": "/driver", "ONLY_NODE": "1", "HOSTNAME": "node", "HOME": "/home/me", "ANYTHING": "mine"}
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["OMP_NUM_THREADS"] == "2"  # by its CPUs: what the node has is Ray's own
+    assert command(node, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    assert command({}, {})["RAYLAUNCH_RUN_ID"] == "abc"  # a cluster that was started under `env -i`
+
+
+@pytest.mark.parametrize("where", ["node", "driver"])
+def test_what_others_have_set_for_themselves_reaches_no_command(where):
+    others = {
+        "RANK": "3",
+        "MASTER_ADDR": "elsewhere",
+        "TORCHELASTIC_RUN_ID": "other",
+        "SLURM_PROCID": "3",
+        "PMI_RANK": "3",
+        "OMPI_COMM_WORLD_RANK": "3",
+        "RAY_JOB_ID": "3",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "RAYLAUNCH_TOKEN": "other",
+    }
+    node, driver = (others, {}) if where == "node" else ({}, others)
+    assert not set(command(node, driver)) & set(others)
+
+
+def test_what_runtime_env_ships_stays_importable():
+    assert command({"PYTHONPATH": "/shipped"}, {"PYTHONPATH": "/mine:/shipped"})["PYTHONPATH"] == "/shipped:/mine"
+    assert "PYTHONPATH" not in command({}, {})
 
 
 def test_the_interface_that_owns_an_address():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.forked import Order
 from raylaunch.worker.forker_client import ForkerClient, ForkerError
 from raylaunch.worker.forker_keeper import ForkerKeeper, Settings, start_forker
-from raylaunch.worker.processes import Watch, end_process, start_time
+from raylaunch.worker.processes import Watch, end_process, start_time, strays
+from raylaunch.worker.sessions import is_in_session_of
 
 SECONDS = 20.0
 
@@ -35,7 +37,6 @@ class Node:
         self.raylet = python("input()")
         self.settings = Settings(
             str(self.directory),
-            "token",
             Process(self.raylet.pid, start_time(self.raylet.pid)),
             **{"stop_seconds": 5.0, "preload": (), **settings},
         )
@@ -95,6 +96,14 @@ class Node:
 @pytest.fixture
 def node(tmp_path, python):
     made = Node(tmp_path, python)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def hasty(tmp_path, python):
+    """One that gives ranks half a second to end."""
+    made = Node(tmp_path, python, stop_seconds=0.5)
     yield made
     made.close()
 
@@ -279,29 +288,30 @@ def test_a_worker_that_goes_takes_its_session_along(node):
     assert runs(node.forker.pid)
 
 
-def test_who_does_not_listen_to_sigterm_is_killed_when_its_time_is_over(tmp_path, python):
-    node = Node(tmp_path, python, stop_seconds=0.5)
-    try:
-        client, _, order = node.start(CHILDREN, "deaf")
-        pids = pids_of(order)
-        began = time.monotonic()
-        client.close()
-        eventually(lambda: "asked" in Path(order.stdout).read_text(), "SIGTERM comes first", SECONDS)
-        gone(pids)
-        assert 0.5 <= time.monotonic() - began < 3
-    finally:
-        node.close()
+@pytest.mark.parametrize("how", ["stop", "close"])
+def test_who_does_not_listen_to_sigterm_is_killed_when_its_time_is_over(hasty, how):
+    client, _, order = hasty.start(CHILDREN, "deaf")
+    pids = pids_of(order)
+    began = time.monotonic()
+    getattr(client, how)()
+    eventually(lambda: "asked" in Path(order.stdout).read_text(), "SIGTERM comes first", SECONDS)
+    if how == "stop":
+        client.close()  # as a worker is killed that didn't stop in time: nobody is asked twice, or has more time
+    gone(pids)
+    assert 0.5 <= time.monotonic() - began < 3
+    assert Path(order.stdout).read_text().count("asked") == 1
 
 
-def test_a_signal_reaches_the_whole_session(node):
+def test_a_stop_reaches_the_whole_session_and_comes_once(node):
     client, _, order = node.start(CHILDREN)
-    client.signal(signal.SIGTERM)
+    client.stop()
     assert client.wait() == Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
     gone(pids_of(order))
     client.close()
 
 
-def test_a_new_generation_starts_when_the_old_ones_are_gone(node):
+def test_a_new_generation_starts_when_the_old_ones_are_gone(hasty):
+    node = hasty
     old, _, order = node.start(CHILDREN, "deaf", generation=1)
     pids = pids_of(order)
     new, _, after = node.start(
@@ -317,9 +327,7 @@ def test_a_new_generation_starts_when_the_old_ones_are_gone(node):
 def test_what_waits_can_be_called_off(node):
     _old, _, _ = node.start(CHILDREN, "deaf", generation=1)
     new = node.client()
-    import threading
-
-    threading.Timer(0.5, new.signal, [signal.SIGTERM]).start()
+    threading.Timer(0.3, new.stop).start()
     assert new.start(node.order("", generation=2)) == 0
     assert new.wait() == Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
 
@@ -351,31 +359,52 @@ def test_when_the_raylet_goes_everything_goes_at_once(node):
     gone([*pids_of(order), node.forker.pid], 4.0)
 
 
-def test_a_killed_worker_is_one_that_goes_and_what_left_its_session_goes_too(node, tmp_path, python):
+def test_a_stopped_rank_is_ended_too(node):
+    client, pid, order = node.start(CHILDREN)
+    os.kill(pid, signal.SIGSTOP)
+    client.close()
+    gone(pids_of(order), 4.0)
+
+
+def test_a_killed_worker_is_one_that_goes(node, python):
     worker = python(
         f"""
-import sys
+import json
 from raylaunch.worker.forked import Order
 from raylaunch.worker.forker_client import ForkerClient
-from raylaunch.worker.processes import LastWords
-words = LastWords({str(node.directory)!r})
-print(words.path, flush=True)
 client = ForkerClient({str(node.directory)!r}, 10, print)
-order = input()
-import json
-print(client.start(Order.parse(json.loads(order))), flush=True)
+print(client.start(Order.parse(json.loads(input()))), flush=True)
 input()
 """
     )
-    mark = worker.stdout.readline().strip()
-    order = node.order(CHILDREN, "leaves")
-    worker.stdin.write(json.dumps({**vars(order), "entry": "script", "mark": mark}) + "\n")
+    order = node.order(CHILDREN)
+    worker.stdin.write(json.dumps({**vars(order), "entry": "script"}) + "\n")
     worker.stdin.flush()
     worker.stdout.readline()
     eventually(lambda: "up" in Path(order.stdout).read_text(), "it is up", SECONDS)
     worker.kill()
     worker.wait()
     gone(pids_of(order))
+
+
+def test_who_leaves_the_session_is_known_by_the_file_that_the_rank_holds_open(node, python):
+    worker = python(
+        "from raylaunch.worker.processes import LastWords; import sys\n"
+        f"words = LastWords({str(node.directory)!r}); print(words.path, flush=True); input()"
+    )
+    mark = worker.stdout.readline().strip()
+    order = node.order(CHILDREN, "leaves")
+    client = node.client()
+    client.start(Order(**{**vars(order), "mark": mark}))
+    eventually(lambda: "up" in Path(order.stdout).read_text(), "it is up", SECONDS)
+    rank, left, _ = pids_of(order)
+    owned = {process.pid: process for process, owner in strays("token", str(node.directory)) if owner.pid == worker.pid}
+    assert {rank, left} <= set(owned)
+    assert is_in_session_of(owned[rank], node.forker.pid)
+    assert not is_in_session_of(owned[left], node.forker.pid)
+    client.close()
+    gone([rank])
+    os.kill(left, signal.SIGKILL)
 
 
 def test_a_keeper_starts_a_new_forker_when_one_has_died(tmp_path, python):
@@ -393,7 +422,7 @@ def test_a_keeper_starts_a_new_forker_when_one_has_died(tmp_path, python):
     second.wait()
     for client in (first, second):
         client.close()
-    keeper.end()
+    keeper.end(at_once=False)
     assert not keeper.lives()
 
 
