@@ -27,7 +27,7 @@ from raylaunch.torchrun.events import Reporter
 from raylaunch.torchrun.failure import process_exit_code, wall_clock
 from raylaunch.torchrun.launch import launch, run_command, run_function
 from raylaunch.torchrun.logs_specs import log_dir_of, logs_of
-from raylaunch.torchrun.plan import NO_BINDING, Plan, signals_for
+from raylaunch.torchrun.plan import Plan, signals_for
 from raylaunch.torchrun.rendezvous import run_id_for, timeouts_of
 from raylaunch.torchrun.sizing import Wish
 
@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("raylaunch")
+
+UNBOUND = "numa_options: workers that run a function are not bound to CPUs; those of a command are"
 
 
 @dataclass
@@ -150,10 +152,11 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         duplicate_stderr_filters=tuple(config.duplicate_stderr_filters or ()),
         **({} if prefix is None else {"prefix": prefix}),
     )
+    mode = "" if config.numa_options is None else config.numa_options.affinity_mode.value
     asked = Plan(
         bounds=(low, high),
         wish=Wish(per_node, use_gpu, resources, low),
-        command=replace(command_for(entrypoint, args), cwd=os.getcwd(), role=config.role),
+        command=replace(command_for(entrypoint, args), cwd=os.getcwd(), role=config.role, numa_binding=mode),
         logs=logs_of(config.logs_specs, logs),
         run_id=run_id_for(config.run_id),
         max_restarts=config.max_restarts,
@@ -166,7 +169,9 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         log_dir=log_dir_of(config.logs_specs),
         signals=signals_for(config.signals_to_handle),
         event_log_handler=config.event_log_handler,
-        notes=() if config.numa_options is None else (NO_BINDING.format(f"numa_options={config.numa_options}"),),
+        notes=("numa_options: workers that run a function are not bound to CPUs",)
+        if mode and callable(entrypoint)
+        else (),
     )
     asked.trial()
     return asked

@@ -22,7 +22,6 @@ from raylaunch.torchrun.entry import command_of
 from raylaunch.torchrun.options import OPTIONS, WITHOUT_EFFECT, comma_separated
 from raylaunch.torchrun.sizing import COUNTED, Size, Wish, settled
 
-NO_BINDING = "{}: workers are not bound to CPUs yet; the system places them"
 #: Seconds from SIGTERM to SIGKILL when nobody says (torch 2.13).
 SHUTDOWN_SECONDS = 30
 
@@ -100,8 +99,6 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
             f"without effect on Ray, where the coordinator gives ranks and address and hears of failures:"
             f" {', '.join(without_effect)}"
         )
-    if chosen.numa_binding is not None:
-        notes.append(NO_BINDING.format(f"--numa-binding={chosen.numa_binding}"))
     run_id = rendezvous.run_id_for(chosen.rdzv_id)
     if run_id is not None and run_id != chosen.rdzv_id:
         notes.append(f"the run's id is {run_id}: Ray's names allow no {chosen.rdzv_id!r}")
