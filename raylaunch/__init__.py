@@ -24,6 +24,7 @@ from raylaunch.errors import (
     PlacementTimeout,
     RaylaunchError,
     RunFailedError,
+    RunInUseError,
 )
 from raylaunch.result import RunResult
 from raylaunch.spec import Timeouts
@@ -42,6 +43,7 @@ __all__ = [
     "RaylaunchError",
     "Recovery",
     "RunFailedError",
+    "RunInUseError",
     "RunResult",
     "Timeouts",
     "__version__",

@@ -39,6 +39,9 @@ class Command:
     fresh_interpreter: bool = False
     #: ROLE_NAME.
     role: str = "default"
+    #: To which CPUs near its GPU each rank is bound (torch's AffinityMode: node, socket, exclusive, core-complex); "":
+    #: to none.
+    numa_binding: str = ""
 
 
 class Streams(enum.Flag):

@@ -22,6 +22,7 @@ from raylaunch.worker import env as worker_env
 from raylaunch.worker.account import account_of
 from raylaunch.worker.forked import Order
 from raylaunch.worker.forker_client import ForkerClient, ForkerError
+from raylaunch.worker.numa import NoBinding, cpus_for
 from raylaunch.worker.processes import LastWords
 
 #: How long the node's forker may take to be there, in seconds. Its imports don't count: it listens before.
@@ -92,6 +93,15 @@ class CommandPayload:
         missing = _missing(command, cwd, env)
         if missing:
             return self._cannot_work(missing)
+        cpus: tuple[int, ...] = ()
+        if command.numa_binding:
+            try:
+                cpus = _cpus(command.numa_binding, assignment, use_gpu=config.use_gpu)
+            except NoBinding as why:
+                with open(stderr, "a", encoding="utf-8") as file:
+                    file.write(
+                        f"raylaunch: no NUMA binding ({command.numa_binding}) on {socket.gethostname()}: {why}\n"
+                    )
         self._order = Order(
             generation=assignment.generation,
             entry=command.entry,
@@ -103,6 +113,7 @@ class CommandPayload:
             stderr=stderr,
             fresh_interpreter=command.fresh_interpreter,
             mark=str(self._last_words.path),
+            cpus=cpus,
         )
         return None
 
@@ -132,6 +143,25 @@ class CommandPayload:
 
     def _forker_lost(self) -> None:
         self._last_words.exit(1, "the process that forks this node's ranks is gone")
+
+
+def _cpus(mode: str, assignment: Assignment, *, use_gpu: bool) -> tuple[int, ...]:
+    """What a rank is bound to. Raises `NoBinding`."""
+    gpu = None
+    if use_gpu:
+        device = assignment.devices[assignment.own_devices[0]]
+        if not device.isdigit():
+            raise NoBinding(f"GPU {device} is a part of one")
+        gpu = int(device)
+    return tuple(
+        cpus_for(
+            mode,
+            gpu=gpu,
+            local_rank=assignment.local_rank,
+            local_world_size=assignment.local_world_size,
+            allowed=os.sched_getaffinity(0),
+        )
+    )
 
 
 def _missing(command: Command, cwd: str, env: dict[str, str]) -> str:

@@ -48,7 +48,15 @@ def command_of(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str)
         entry, program, args = Entry.PROGRAM, interpreter, ("-u", *module, program, *args)
     if "\0" in program or not program:
         raise ConfigError(f"{program!r}: is no program")
-    return Command(entry, program, args, cwd=cwd, fresh_interpreter=chosen.no_preload, role=chosen.role)
+    return Command(
+        entry,
+        program,
+        args,
+        cwd=cwd,
+        fresh_interpreter=chosen.no_preload,
+        role=chosen.role,
+        numa_binding=chosen.numa_binding or "",
+    )
 
 
 def _is_python(path: str, cwd: str) -> bool:

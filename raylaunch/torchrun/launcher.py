@@ -44,6 +44,8 @@ __all__ = [
 
 logger = logging.getLogger("raylaunch")
 
+UNBOUND = "numa_options: workers that run a function are not bound to CPUs; those of a command are"
+
 
 @dataclass
 class LaunchConfig(torch_api.LaunchConfig):  # type: ignore[misc] # torch's types are not followed
@@ -150,10 +152,11 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         duplicate_stderr_filters=tuple(config.duplicate_stderr_filters or ()),
         **({} if prefix is None else {"prefix": prefix}),
     )
+    mode = "" if config.numa_options is None else config.numa_options.affinity_mode.value
     asked = Plan(
         bounds=(low, high),
         wish=Wish(per_node, use_gpu, resources, low),
-        command=replace(command_for(entrypoint, args), cwd=os.getcwd(), role=config.role),
+        command=replace(command_for(entrypoint, args), cwd=os.getcwd(), role=config.role, numa_binding=mode),
         logs=logs_of(config.logs_specs, logs),
         run_id=run_id_for(config.run_id),
         max_restarts=config.max_restarts,
@@ -166,6 +169,9 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         log_dir=log_dir_of(config.logs_specs),
         signals=signals_for(config.signals_to_handle),
         event_log_handler=config.event_log_handler,
+        notes=("numa_options: workers that run a function are not bound to CPUs",)
+        if mode and callable(entrypoint)
+        else (),
     )
     asked.trial()
     return asked

@@ -49,6 +49,8 @@ class Order:
     fresh_interpreter: bool
     #: A file that it holds open, so that forks of it are found (see `processes.strays`).
     mark: str
+    #: The CPUs that it is bound to; none: where the system puts it.
+    cpus: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, parts: dict[str, Any]) -> Order:
@@ -59,6 +61,8 @@ class Order:
 def become(order: Order) -> None:
     """Become what was ordered, in a session of its own, and run it."""
     os.setsid()
+    if order.cpus:
+        os.sched_setaffinity(0, order.cpus)  # before it has threads, which take it over
     _redirect(order)
     _default_signals()
     os.environ.clear()

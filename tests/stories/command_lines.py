@@ -56,10 +56,11 @@ class CommandLine:
         self.out.mkdir(exist_ok=True)
         number = len(list(folder.glob("stdout-*")))
         self._stdout, self._stderr = folder / f"stdout-{number}.txt", folder / f"stderr-{number}.txt"
-        surroundings = {**os.environ, "OUT": str(self.out), **env}
+        surroundings = {**os.environ, "OUT": str(self.out)}
         surroundings.pop("RAY_ADDRESS", None)
         if cluster is not None:
             surroundings["RAY_ADDRESS"] = cluster.address
+        surroundings.update(env)
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *module, *line],

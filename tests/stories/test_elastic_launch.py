@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
+import sys
 import threading
 
 import pytest
@@ -91,6 +93,17 @@ def test_a_failing_function_raises_torchs_error_with_the_root_cause(config, monk
         assert json.load(file)["message"]["message"] == "ValueError: no such column"
     states = [(one["source"], one["metadata"]["state"], one["metadata"]["global_rank"]) for one in told.events]
     assert states == [("WORKER", "FAILED", 1), ("AGENT", "SUCCEEDED", None)]  # torch's agent has done its work
+
+
+def test_a_command_has_no_values_and_its_own_exit_code(config, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import os, sys; sys.exit(int(sys.argv[1]) if os.environ['RANK'] == '1' else 0)")
+    assert elastic_launch(config(), sys.executable)("-u", str(script), 0) == {0: None, 1: None}
+    with pytest.raises(ChildFailedError) as raised:
+        elastic_launch(config(), shutil.which("sh"))("-c", f"{sys.executable} {script} 7")
+    rank, first = raised.value.get_first_failure()
+    assert (rank, first.exitcode) == (1, 7)
+    assert raised.value.name == shutil.which("sh")
 
 
 def test_a_failure_is_restarted_as_often_as_the_config_says(config, tmp_path):

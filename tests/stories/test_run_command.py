@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from command_lines import PRELUDE, SEES, CommandLine, said
@@ -40,10 +41,12 @@ def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
 
 def test_workers_may_be_counted_by_the_cluster_and_reserve_what_is_said(one_node, command):
     """The node has four CPUs, whatever the launcher's machine has."""
-    line = "LOGS --address ADDRESS --nproc-per-node=auto --resources-per-worker CPU=2 --no-preload train.py"
-    run = command(line, SEES, RAY_ADDRESS="127.0.0.1:1")
+    line = "LOGS --address ADDRESS --nproc-per-node=auto --resources-per-worker CPU=2 --no-preload"
+    run = command(f"{line} --numa-binding=node train.py", SEES, RAY_ADDRESS="127.0.0.1:1")
     assert run.exit_code() == 0, run.stderr
     assert not said(run, "sees-1")["torch"]
+    several = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) > 1
+    assert several or "no NUMA binding (node)" in run.stderr
     env = said(run, "sees-1")["env"]
     assert (env["WORLD_SIZE"], env["OMP_NUM_THREADS"]) == ("2", "2")
 

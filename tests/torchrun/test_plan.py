@@ -91,6 +91,7 @@ def test_standalone_is_one_node():
         ("--no-python ./run.sh x", Command(Entry.PROGRAM, "./run.sh", ("x",), cwd="/work")),
         ("--run-path --no-python /a/t.py x", Command(Entry.RUN_PATH, "/a/t.py", ("x",), cwd="/work")),
         ("--no-preload train.py", Command(Entry.SCRIPT, "train.py", cwd="/work", fresh_interpreter=True)),
+        ("--numa-binding=socket t.py", Command(Entry.SCRIPT, "t.py", cwd="/work", numa_binding="socket")),
         ("--role trainer train.py", Command(Entry.SCRIPT, "train.py", cwd="/work", role="trainer")),
     ],
 )
