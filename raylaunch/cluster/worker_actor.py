@@ -11,6 +11,7 @@ A side thread keeps up the pulse. How train_fn ended is a value, not a Ray error
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -148,6 +149,7 @@ class WorkerActor:
         def work() -> None:
             if gently:
                 _be_nice()
+            gc.disable()  # its passes over all that an import makes take a tenth of torch's import
             try:
                 for name in self._config.preload:
                     importlib.import_module(name)
@@ -156,6 +158,7 @@ class WorkerActor:
             if gently:
                 with contextlib.suppress(Exception):  # train_fn will meet it itself, if it needs it
                     importlib.import_module(SPARES_IMPORT)
+            gc.enable()
 
         thread = threading.Thread(target=work, name="raylaunch-warm")
         thread.start()
