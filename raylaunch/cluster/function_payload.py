@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -67,6 +68,7 @@ class FunctionPayload:
         def work() -> None:
             if gently:
                 _be_nice()
+            gc.disable()  # its passes over all that an import makes take a tenth of torch's import
             try:
                 for name in self._config.preload:
                     importlib.import_module(name)
@@ -75,6 +77,7 @@ class FunctionPayload:
             if gently:
                 with contextlib.suppress(Exception):  # train_fn will meet it itself, if it needs it
                     importlib.import_module(SPARES_IMPORT)
+            gc.enable()
 
         thread = threading.Thread(target=work, name="raylaunch-warm")
         thread.start()
