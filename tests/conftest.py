@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Run, eventually, leftovers
+from harness import Run, eventually, nothing_is_left
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[.
     yield start
     for run in runs:
         eventually(run.done, f"run {run.id} is over")
-    eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
+    nothing_is_left(tmp_path / "runs")
 
 
 @pytest.fixture
