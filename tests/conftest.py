@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+<<<<<<< HEAD
 from harness import CommandRun, Run, eventually, leftovers
+=======
+from harness import Run, eventually, nothing_is_left
+>>>>>>> main
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +64,7 @@ def _starter(request: pytest.FixtureRequest, tmp_path: Path, kind: Any) -> Itera
     yield start
     for run in runs:
         eventually(run.done, f"run {run.id} is over")
-    eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
+    nothing_is_left(tmp_path / "runs")
 
 
 @pytest.fixture

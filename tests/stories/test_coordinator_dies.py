@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import actor_pids, eventually, leftovers, runs
+from harness import actor_pids, eventually, nothing_is_left, runs
 from steps import step_until
 
 import raylaunch
@@ -168,4 +168,4 @@ def test_killed_while_the_run_is_being_stopped_the_stop_goes_on(one_node, tmp_pa
         eventually((tmp_path / "started.stopping").exists, "the rank stops")
         kill_coordinator(one_node)
         assert driver.wait(60) != 0
-    eventually(lambda: not leftovers(folder), "nothing is left behind", 10)
+    nothing_is_left(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from drivers import Driver
-from harness import eventually, journal_lines, leftovers, runs
+from harness import eventually, journal_lines, leftovers, nothing_is_left, runs
 from steps import any_rank, step_until
 from test_coordinator_dies import kill_coordinator
 
@@ -26,7 +26,7 @@ from raylaunch.spec import make_spec
 def launcher(two_nodes, tmp_path):
     """A launcher of two workers on the module's cluster; afterwards nothing of it may be left."""
     yield functools.partial(raylaunch.Launcher, num_workers=2, log_dir=str(tmp_path / "runs"))
-    eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
+    nothing_is_left(tmp_path / "runs")
 
 
 def status(cluster, launcher, phase: str, spares: int = 2):
@@ -253,7 +253,7 @@ def test_a_run_that_is_taken_back_before_it_begins_leaves_nothing(two_nodes, tmp
     with Session(spec, setup, held=False):  # as after an interrupt in the moment between request and beginning
         began = time.monotonic()
     assert time.monotonic() - began < spec.timeouts.stop
-    eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
+    nothing_is_left(tmp_path / "runs")
 
 
 # -- interrupts ------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def drive(two_nodes, tmp_path):
     yield drive
     for driver in drivers:
         driver.end()
-    eventually(lambda: not leftovers(tmp_path / "runs"), "nothing is left behind", 10.0)
+    nothing_is_left(tmp_path / "runs")
 
 
 @pytest.mark.slow

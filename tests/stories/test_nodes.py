@@ -53,12 +53,18 @@ def test_a_lost_node_shrinks_the_run_at_once_and_a_new_one_lets_it_grow(two_node
     assert result.restarts == 1  # the lost node is one failure; growth is free
 
 
-def test_two_nodes_that_join_are_taken_in_by_one_re_formation_within_five_seconds(
+def test_two_nodes_that_get_free_are_taken_in_by_one_re_formation_within_five_seconds(
     two_nodes, start, gate, tmp_path, record_property
 ):
-    """From Ray's word that the second has room to the first step of all four. A slow hour may take longer, but never
-    longer than two launches: the new workers' start and import is what there is to wait for.
+    """From Ray's word that there is room to the first step of all four. A slow hour may take longer, but never longer
+    than two launches: the new workers' start and import is what there is to wait for.
     """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    added = [two_nodes.add_node(resources={"new": 1}), two_nodes.add_node(resources={"new": 1})]
+    somebody_s = placement_group([{"new": 1, **WHOLE_NODE}] * 2, strategy="STRICT_SPREAD")
+    ray.get(somebody_s.ready())
     (tmp_path / "steps").mkdir()
     run = start(
         step_until,
@@ -69,7 +75,7 @@ def test_two_nodes_that_join_are_taken_in_by_one_re_formation_within_five_second
         timeouts=Timeouts(min_generation_age=0),
     )
     assert len(run.running(spares=2).members) == 2
-    added = [two_nodes.add_node(), two_nodes.add_node()]
+    remove_placement_group(somebody_s)  # both are free in the same moment
     grown = run.running(generation=2)
     assert sorted(node_ids(grown)) == sorted(node.node_id for node in two_nodes.nodes)
     steps = [tmp_path / "steps" / f"2-{rank}" for rank in range(4)]
@@ -82,8 +88,7 @@ def test_two_nodes_that_join_are_taken_in_by_one_re_formation_within_five_second
     launch = run.events("WorkerJoined")[1]["at"] - run.events("BundlesPlaced")[0]["at"]
     record_property("seconds", round(max(first_steps) - free, 2))
     assert max(first_steps) - free < max(5.0, 2 * launch)
-    for node in added:
-        two_nodes.kill_node(node)
+    two_nodes.kill_nodes(added)
 
 
 def length_of(data: bytes) -> int:
