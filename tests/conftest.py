@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-<<<<<<< HEAD
-from harness import CommandRun, Run, eventually, leftovers
-=======
-from harness import Run, eventually, nothing_is_left
->>>>>>> main
+from harness import CommandRun, Run, eventually, nothing_is_left
 
 
 @pytest.fixture(scope="session")
