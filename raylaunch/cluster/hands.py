@@ -372,7 +372,7 @@ class Hands:
         try:
             await self._take_news(node, agent)
         finally:
-            if self._agents.get(node) is agent:
+            if self._agents.get(node) is agent and not self._closing:  # in the end each is killed, not left to Ray
                 del self._agents[node]
 
     async def _take_news(self, node: str, agent: Agent) -> None:
