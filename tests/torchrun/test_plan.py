@@ -15,7 +15,7 @@ from raylaunch.torchrun.plan import Plan, plan
 from raylaunch.torchrun.sizing import Size, settled
 
 
-def planned(line: str, *, launch_style: bool = False, cwd: str = "/work", **environ: str) -> Plan:
+def planned(line: str, *, launch_style: bool = False, cwd: str = "/home/me", **environ: str) -> Plan:
     return plan(parse(line.split(), launch_style=launch_style), environ, cwd)
 
 
@@ -85,14 +85,14 @@ def test_standalone_is_one_node():
 @pytest.mark.parametrize(
     ("line", "command"),
     [
-        ("train.py --lr 1", Command(Entry.SCRIPT, "train.py", ("--lr", "1"), cwd="/work")),
-        ("train --lr 1", Command(Entry.SCRIPT, "train", ("--lr", "1"), cwd="/work")),
-        ("-m pkg.train x", Command(Entry.MODULE, "pkg.train", ("x",), cwd="/work")),
-        ("--no-python ./run.sh x", Command(Entry.PROGRAM, "./run.sh", ("x",), cwd="/work")),
-        ("--run-path --no-python /a/t.py x", Command(Entry.RUN_PATH, "/a/t.py", ("x",), cwd="/work")),
-        ("--no-preload train.py", Command(Entry.SCRIPT, "train.py", cwd="/work", fresh_interpreter=True)),
-        ("--numa-binding=socket t.py", Command(Entry.SCRIPT, "t.py", cwd="/work", numa_binding="socket")),
-        ("--role trainer train.py", Command(Entry.SCRIPT, "train.py", cwd="/work", role="trainer")),
+        ("train.py --lr 1", Command(Entry.SCRIPT, "train.py", ("--lr", "1"), cwd="/home/me")),
+        ("train --lr 1", Command(Entry.SCRIPT, "train", ("--lr", "1"), cwd="/home/me")),
+        ("-m pkg.train x", Command(Entry.MODULE, "pkg.train", ("x",), cwd="/home/me")),
+        ("--no-python ./run.sh x", Command(Entry.PROGRAM, "./run.sh", ("x",), cwd="/home/me")),
+        ("--run-path --no-python /a/t.py x", Command(Entry.RUN_PATH, "/a/t.py", ("x",), cwd="/home/me")),
+        ("--no-preload train.py", Command(Entry.SCRIPT, "train.py", cwd="/home/me", fresh_interpreter=True)),
+        ("--numa-binding=socket t.py", Command(Entry.SCRIPT, "t.py", cwd="/home/me", numa_binding="socket")),
+        ("--role trainer train.py", Command(Entry.SCRIPT, "train.py", cwd="/home/me", role="trainer")),
     ],
 )
 def test_the_program(line, command):
@@ -154,7 +154,7 @@ def test_logs():
     assert logs.duplicate_stdout_filters == ("a,b", "c")
     assert logs.duplicate_stderr_filters == ()
     assert logs.prefix == "${rank}|"
-    assert asked.log_dir == "/work/logs"
+    assert asked.log_dir == "/home/me/logs"
 
 
 def test_filters_from_the_environment(monkeypatch):
