@@ -30,7 +30,7 @@ examples: $(READY)  ## the small examples
 	$(BIN)/python examples/hello_ranks.py
 	$(BIN)/python examples/ddp_digits.py
 
-test: $(READY)  ## the tests, without the slow ones: at most 10 minutes on 2 cores
+test: $(READY)  ## the tests, without the slow ones: at most 8 minutes on 2 cores
 	$(BIN)/pytest -m "not slow"
 
 test-slow: $(READY)  ## the slow ones

@@ -166,6 +166,7 @@ def test_a_killed_rank_re_forms_and_finishes(one_node, start_command, script, tm
     assert logs(run, 2)[1][0] == "rank 1 of 2 in generation 2\ndone\n"
 
 
+@pytest.mark.slow
 def test_a_forker_that_is_killed_is_a_failure_like_any_other(one_node, start_command, script, tmp_path):
     run = start_command(Command(Entry.SCRIPT, script(STEPS), (str(tmp_path),)), num_workers=2)
     pids = up(tmp_path, 1, 2)
@@ -309,6 +310,7 @@ def test_ctrl_c_asks_the_commands_and_waits_for_them(one_node, tmp_path, script)
         driver.end()
 
 
+@pytest.mark.slow
 def test_after_a_failure_the_other_ranks_have_their_time_before_the_next_generation_starts(
     one_node, start_command, script, tmp_path
 ):

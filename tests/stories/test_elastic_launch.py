@@ -95,6 +95,7 @@ def test_a_failing_function_raises_torchs_error_with_the_root_cause(config, monk
     assert states == [("WORKER", "FAILED", 1), ("AGENT", "SUCCEEDED", None)]  # torch's agent has done its work
 
 
+@pytest.mark.slow
 def test_a_command_has_no_values_and_its_own_exit_code(config, tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import os, sys; sys.exit(int(sys.argv[1]) if os.environ['RANK'] == '1' else 0)")

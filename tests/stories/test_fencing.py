@@ -82,6 +82,7 @@ def test_rank_0_on_a_node_that_freezes_is_replaced_and_commits_nothing_when_it_t
         two_nodes.kill_node(node)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_given_up_when_it_is_silent_for_too_long_and_killed(two_nodes, start, gate):
     timeouts = Timeouts(lease=1, unresponsive=3)
     run = start(commits_while_current, args=(gate("enough"), gate("commits")), num_workers=2, timeouts=timeouts)

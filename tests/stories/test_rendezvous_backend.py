@@ -211,6 +211,7 @@ def test_agents_are_killed_and_come(job: Job) -> None:
     finish(job, a, c)
 
 
+@pytest.mark.slow
 def test_killed_ranks_are_replaced_each_time(job: Job) -> None:
     a, b = job.start(nnodes="2"), job.start(nnodes="2")
     for restarts in range(3):
@@ -221,6 +222,7 @@ def test_killed_ranks_are_replaced_each_time(job: Job) -> None:
     finish(job, a, b)
 
 
+@pytest.mark.slow
 def test_too_few_nodes(job: Job) -> None:
     agent = job.start(nnodes="2:3", conf="join_timeout=2")
     began = time.monotonic()
@@ -230,6 +232,7 @@ def test_too_few_nodes(job: Job) -> None:
     assert re.search(expected, agent.said()), agent.said()
 
 
+@pytest.mark.slow
 def test_a_node_that_is_silent_is_left_and_leaves(job: Job) -> None:
     """What keeps a node's contact dies with its raylet."""
     conf = "keep_alive_interval=0.5,keep_alive_max_attempt=4"
@@ -244,6 +247,7 @@ def test_a_node_that_is_silent_is_left_and_leaves(job: Job) -> None:
     finish(job, a)
 
 
+@pytest.mark.slow
 def test_a_node_that_has_failed_for_good_does_not_leave_the_others_waiting(job: Job) -> None:
     a, b = (job.start("--max-restarts=0", nnodes="2") for _ in range(2))
     job.up(2)

@@ -202,6 +202,7 @@ def test_a_launcher_that_is_told_to_end_lets_ranks_clean_up(one_node, command, n
     assert "the run is stopped" in run.stderr
 
 
+@pytest.mark.slow
 def test_ranks_that_take_no_notice_get_no_more_than_the_shutdown_timeout(one_node, command):
     deaf = 'signal.signal(signal.SIGTERM, signal.SIG_IGN); say("up"); wait_for("never")'
     run = command("LOGS --shutdown-timeout=1 train.py", deaf)
@@ -213,6 +214,7 @@ def test_ranks_that_take_no_notice_get_no_more_than_the_shutdown_timeout(one_nod
 # -- restarts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_failures_are_restarted_as_often_as_is_said(one_node, command):
     run = command(
         "LOGS --num-workers=2 --placement-strategy=STRICT_PACK --max-restarts=1 train.py",
