@@ -67,15 +67,7 @@ class CommandPayload:
                     os.unlink(path)
         except OSError as error:
             return self._cannot_work(f"its logs can't be written to {folder}: {error.strerror}")
-        env = worker_env.command_env(
-            os.environ,
-            run_id=config.name,
-            copied=config.copied_env,
-            env=config.env,
-            cpus_per_worker=config.cpus_per_worker,
-            use_gpu=config.use_gpu,
-            host=self._host,
-        )
+        env = config.command_env(os.environ, self._host)
         env["RAYLAUNCH_TOKEN"] = os.environ["RAYLAUNCH_TOKEN"]
         env.update(
             worker_env.rank_env(

@@ -24,7 +24,6 @@ from raylaunch.cluster.pulse import NodePulse
 from raylaunch.cluster.worker_config import WorkerConfig
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
-from raylaunch.worker import env as worker_env
 from raylaunch.worker.forker_keeper import ForkerKeeper, Settings
 from raylaunch.worker.logs import Followers, Output, Source
 from raylaunch.worker.processes import (
@@ -217,18 +216,9 @@ class NodeAgent:
 
 
 def _keep_forker(config: WorkerConfig, directory: str, raylet: Process) -> ForkerKeeper:
-    environ = worker_env.command_env(
-        os.environ,
-        run_id=config.name,
-        copied=config.copied_env,
-        env=config.env,
-        cpus_per_worker=config.cpus_per_worker,
-        use_gpu=config.use_gpu,
-        host=ray.util.get_node_ip_address(),
-    )
-    if (
-        config.use_gpu
-    ):  # a preloaded module that asks whether there is a GPU would initialise CUDA: no fork could use it
+    environ = config.command_env(os.environ, ray.util.get_node_ip_address())
+    if config.use_gpu:
+        # A preloaded module that asks whether there is a GPU would initialise CUDA, and no fork could use it.
         environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # torch.distributed: the stores need it, whatever the commands want.
     preload = tuple(dict.fromkeys((*config.preload, "torch.distributed")))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raylaunch.command import Command, Logs
+from raylaunch.worker import env as worker_env
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,18 @@ class WorkerConfig:
     #: What runs, and what of its output is shown, where it isn't a function.
     command: Command | None = None
     logs: Logs | None = None
+
+    def command_env(self, environ: Mapping[str, str], host: str) -> dict[str, str]:
+        """The environment of a command on a node, made of that of Ray's processes there, before it has a rank."""
+        return worker_env.command_env(
+            environ,
+            run_id=self.name,
+            copied=self.copied_env,
+            env=self.env,
+            cpus_per_worker=self.cpus_per_worker,
+            use_gpu=self.use_gpu,
+            host=host,
+        )
 
 
 @dataclass(frozen=True)

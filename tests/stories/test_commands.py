@@ -332,6 +332,7 @@ def test_what_leaves_its_session_is_ended_with_its_rank(one_node, start_command,
     eventually(lambda: list(tmp_path.glob("up-0")), "the rank is up")
     (tmp_path / "up-0").unlink()
     first = {int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")}
+    assert len(first) == 4  # the rank, its fork and two programs
     os.kill(run.running().members[0].process.pid, signal.SIGKILL)
     eventually(lambda: list(tmp_path.glob("up-0")), "the next one is up")
     eventually(lambda: not any(map(runs, first)), f"{first} are gone", 10.0)
