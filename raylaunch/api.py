@@ -44,6 +44,7 @@ def run(
     log_dir: str | None = None,
     run_id: str | None = None,
     virtual_local_rank: bool = False,
+    isolation: str = "actor",
 ) -> RunResult:
     """Run `train_fn` as the ranks of one torch process group on the Ray cluster, and keep it going.
 
@@ -77,6 +78,9 @@ def run(
         log_dir: where the journal goes, in a folder named by the run id; default: Ray's session log folder.
         run_id: the run's name; default: a random one.
         virtual_local_rank: each worker sees only its own GPU, as number 0, and LOCAL_RANK is 0.
+        isolation: "actor": each rank is a Ray actor, and `train_fn` can use Ray. "process": each is a process of its
+            own, forked from one on each node that has imported `preload` once; no Ray inside, exact exit codes, output
+            in files of its own and rank 0's on the driver's console. Quick to start, and to recover without spares.
 
     Returns:
         The values by rank, and how the run went.
@@ -105,7 +109,7 @@ def run(
     # Everything that needs Ray, or costs time to import, comes after the checks.
     from raylaunch.cluster.session import Job, Setup, launch
 
-    setup = Setup(preload, env, copy_env, runtime_env, log_dir)
+    setup = Setup(preload, env, copy_env, runtime_env, log_dir, isolation)
     return launch(spec, setup, Job(train_fn, args, kwargs, no_retry))
 
 
@@ -152,6 +156,7 @@ class Launcher:
         log_dir: str | None = None,
         name: str | None = None,
         virtual_local_rank: bool = False,
+        isolation: str = "actor",
     ) -> None:
         self._spec = make_spec(
             num_workers=num_workers,
@@ -170,7 +175,7 @@ class Launcher:
         from raylaunch.cluster.session import Setup
 
         self.name = self._spec.run_id
-        self._setup = Setup(preload, env, copy_env, runtime_env, log_dir)
+        self._setup = Setup(preload, env, copy_env, runtime_env, log_dir, isolation)
         self._setup.check()
         self._session: Session | None = None
         self._left = False

@@ -18,6 +18,7 @@ class Entry(str, enum.Enum):
     MODULE = "module"  # `python -u -m target args`
     PROGRAM = "program"  # any program: `target args`, found by PATH
     RUN_PATH = "run_path"  # a Python file by runpy.run_path: sys.path stays as it is (torchrun's --run-path)
+    FUNCTION = "function"  # no command: a pickled function (`isolation="process"`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,21 @@
 """What train_fn can know about itself: `raylaunch.get_context()`.
 
 Outside a run it is rank 0 of 1, never None, so that the same function runs under a debugger. One worker process serves
-one generation and no other (design decision 7), so the context is the process's, set once before train_fn is loaded.
+one generation and no other (design decision 7), so the context is the process's. A worker actor sets it before train_fn
+is loaded; a rank that is a process of its own, such as a command's, has it from its environment, and so has whatever it
+starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+#: The name of the node agent's socket in the folder that RAYLAUNCH_AGENT names.
+AGENT_SOCKET = "agent.sock"
 
 
 def _always() -> bool:
@@ -49,6 +57,9 @@ _context = Context()
 
 def get_context() -> Context:
     """This process's context."""
+    if _context == Context() and "RAYLAUNCH_AGENT" in os.environ:
+        with contextlib.suppress(KeyError, ValueError):  # somebody has changed what raylaunch had set
+            return _described_by(os.environ)
     return _context
 
 
@@ -56,3 +67,37 @@ def enter_context(context: Context) -> None:
     """Make `context` the process's own. Called by the worker, once."""
     global _context  # noqa: PLW0603 - the process is the worker
     _context = context
+
+
+def _described_by(environ: Mapping[str, str]) -> Context:
+    generation, local_rank = int(environ["RAYLAUNCH_GENERATION"]), int(environ["LOCAL_RANK"])
+    directory, lease = environ["RAYLAUNCH_AGENT"], float(environ["RAYLAUNCH_LEASE"])
+    return Context(
+        rank=int(environ["RANK"]),
+        local_rank=local_rank,
+        world_size=int(environ["WORLD_SIZE"]),
+        local_world_size=int(environ["LOCAL_WORLD_SIZE"]),
+        node_rank=int(environ["GROUP_RANK"]),
+        run_id=environ["RAYLAUNCH_RUN_ID"],
+        generation=generation,
+        restart_count=int(environ["TORCHELASTIC_RESTART_COUNT"]),
+        max_restarts=int(environ["TORCHELASTIC_MAX_RESTARTS"]),
+        device=f"cuda:{local_rank}" if environ["CUDA_VISIBLE_DEVICES"] else "cpu",
+        master_addr=environ["MASTER_ADDR"],
+        master_port=int(environ["MASTER_PORT"]),
+        _ask=lambda: _ask_agent(directory, generation, lease),
+    )
+
+
+def _ask_agent(directory: str, generation: int, seconds: float) -> bool:
+    """Whether a generation is current, as the node's agent, which asks the coordinator, says within this time."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(seconds)
+        folder = os.open(directory, os.O_PATH)
+        try:
+            connection.connect(f"/proc/self/fd/{folder}/{AGENT_SOCKET}")  # a path may have no more than 107 bytes
+        finally:
+            os.close(folder)
+        connection.sendall(b"%d\n" % generation)
+        return connection.makefile("rb").readline() == b"yes\n"
+    return False

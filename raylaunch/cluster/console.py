@@ -1,4 +1,4 @@
-"""The driver's console, as far as ranks of a command write to it: which of them, and on which of its streams.
+"""The driver's console, as far as forked ranks write to it: which of them, and on which of its streams.
 
 Ray's own way for logs isn't used: it prefixes, and it drops lines that repeat (2.60).
 """
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import IO, Any
 
-from raylaunch.command import Command, Logs, Streams
+from raylaunch.command import Logs, Streams
 from raylaunch.coordinator.commands import Assignment
 from raylaunch.worker.logs import Filter, Merger, Output, Source
 
@@ -21,10 +21,10 @@ _NAMES = {Streams.OUT: "stdout", Streams.ERR: "stderr"}
 
 
 class Console:
-    """What the ranks say, as `logs` wants it shown. `folder`: where copies of filtered lines go."""
+    """What the ranks say, as `logs` wants it shown. `role`: ROLE_NAME; `folder`: where copies of filtered lines go."""
 
-    def __init__(self, command: Command, logs: Logs, folder: str) -> None:
-        self._command = command
+    def __init__(self, role: str, logs: Logs, folder: str) -> None:
+        self._role = role
         self._logs = logs
         self._folder = folder
         self._files: list[IO[bytes]] = []
@@ -39,7 +39,7 @@ class Console:
         rank, local_rank = assignment.rank, assignment.local_rank
         plain, teed = self._logs.plain(rank, local_rank), self._logs.teed(local_rank)
         prefix = string.Template(self._logs.prefix).safe_substitute(
-            role_name=self._command.role, rank=rank, local_rank=local_rank
+            role_name=self._role, rank=rank, local_rank=local_rank
         )
         found = []
         for stream, name in _NAMES.items():

@@ -15,7 +15,18 @@ from raylaunch.errors import Ending, EndKind, ending_of
 # The generic text of any death names "the OOM killer" among common causes: only these words mean it.
 _OUT_OF_MEMORY = re.compile(r"NODE_OUT_OF_MEMORY|running low on memory|memory monitor")
 _NODE_LOST = re.compile(r"because its node has died|node died|node is dead", re.IGNORECASE)
+
+
+class SeatLostError(Exception):
+    """What an agent's seat raises when nothing is left of its worker."""
+
+
+class RefusedError(Exception):
+    """Ray refuses to start a worker before it has asked anybody: no restart can mend it."""
+
+
 _GONE = (
+    SeatLostError,
     rx.RayActorError,
     rx.WorkerCrashedError,
     rx.TaskCancelledError,
@@ -29,6 +40,8 @@ _NO_MODULE = re.compile(r"No module named '?([\w.]+)'?")
 def ending_from(error: BaseException) -> Ending:
     """How a worker ended, as far as the exception of a call to it tells."""
     text = _first_lines(error)
+    if isinstance(error, RefusedError):
+        return Ending(EndKind.CANNOT_WORK, message=text, fatal=True)
     if isinstance(error, rx.ActorUnavailableError):
         return Ending(EndKind.UNREACHABLE)
     if isinstance(error, rx.RuntimeEnvSetupError):

@@ -1,4 +1,4 @@
-"""What the shell holds in Ray: placement groups, worker actors, node agents; and how each command reaches them.
+"""What the shell holds in Ray: placement groups and workers; and how each command reaches them.
 
 What a method asks of Ray ends in one of the events that its text names. Two sources tell of a death, Ray's failed
 call and the node agent's news; each becomes a `WorkerLost`, and the coordinator decides what it is worth.
@@ -8,41 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylaunch.cluster import placement
+from raylaunch.cluster.agents import Agents, AgentSeat
 from raylaunch.cluster.background import Background
 from raylaunch.cluster.console import Console
-from raylaunch.cluster.faults import ending_from, is_loss
-from raylaunch.cluster.node_actor import Death, NodeAgent
-from raylaunch.cluster.worker_actor import Hello, Warm, WorkerActor
+from raylaunch.cluster.faults import RefusedError, ending_from, is_loss
+from raylaunch.cluster.node_actor import Death
+from raylaunch.cluster.worker_actor import WorkerActor
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
+from raylaunch.cluster.worker_words import Hello, Warm
 from raylaunch.coordinator import commands as do
 from raylaunch.coordinator import events as e
-from raylaunch.errors import Ending, EndKind, short_id
+from raylaunch.errors import Ending, EndKind
 from raylaunch.spec import RunSpec
-from raylaunch.worker.logs import Source
 
-logger = logging.getLogger("raylaunch")
-
-#: At the end of a run: how long processes may take to be gone after SIGKILL, and how long an agent may take to say so.
-END_SECONDS = 3.0
-AGENT_SECONDS = 5.0
-#: How long an agent may take to kill workers before Ray is asked to, in seconds.
-AGENT_KILL_SECONDS = 0.5
-#: A node agent that died is started again after this pause, in seconds, and this often.
-AGENT_RESTART_SECONDS = 1.0
-AGENT_RESTARTS = 5
+#: At the end of a run: how long what is still going on may take, in seconds.
+FINISH_SECONDS = 5.0
 
 
 @dataclass(eq=False)
@@ -60,17 +50,6 @@ class Hand:
     watched: bool = False  # by its node's agent
 
 
-@dataclass(eq=False)
-class Agent:
-    """One node's agent, from the shell's side."""
-
-    actor: Any
-    restarts: int = 0
-    #: What of the ranks there the console shows, and the task that takes it.
-    sources: list[Source] = field(default_factory=list)
-    output: asyncio.Task[None] | None = None
-
-
 class Hands:
     """Carries the shell's commands to Ray, and posts what comes of them. Lives on the shell's loop."""
 
@@ -85,14 +64,12 @@ class Hands:
         self._spec = spec
         self._config = config
         self._console = console
-        self._writer = ThreadPoolExecutor(1, "raylaunch-console")
         self._post = post
         options = {"num_cpus": 0, "max_restarts": 0, **({"runtime_env": runtime_env} if runtime_env else {})}
         self._worker_class: Any = ray.remote(WorkerActor)
-        self._agent_class: Any = ray.remote(NodeAgent)
-        self._worker_options, self._agent_options = options, {**options, "max_concurrency": 1000}
+        self._worker_options = options
+        self._agents = Agents(config, options, self._died, console)
         self._hands: dict[int, Hand] = {}
-        self._agents: dict[str, Agent] = {}
         self._groups: dict[int, asyncio.Future[PlacementGroup]] = {}
         self._devices: dict[tuple[int, int], asyncio.Future[tuple[str, tuple[str, ...]]]] = {}
         self._background = Background()
@@ -102,7 +79,17 @@ class Hands:
         self.run: RunConfig | None = None
         #: In the end, whether commands get no time after SIGTERM.
         self.at_once = False
-        self._closing = False
+
+    def start(self) -> None:
+        """Begin with what is sure to be needed."""
+        self._background.start(self._start_agent())
+
+    async def _start_agent(self) -> None:
+        """Where there is only one node, its agent needn't wait for the coordinator and the placement group."""
+        with contextlib.suppress(Exception):  # whatever is wrong: the workers tell
+            node = await asyncio.get_running_loop().run_in_executor(None, placement.only_node)
+            if node is not None:
+                self._agents.ensure(node)
 
     # -- placement groups --------------------------------------------------------------------------------------------
 
@@ -126,7 +113,7 @@ class Hands:
             if number in self._groups:
                 for node in nodes:
                     with contextlib.suppress(Exception):  # what Ray refuses here, it refuses the workers, who tell
-                        self._ensure_agent(node)  # now, so that it watches before a worker can die
+                        self._agents.ensure(node)  # now, so that it watches before a worker can die
                 self._post(e.BundlesPlaced(time.monotonic(), number, nodes))
 
     def release_bundles(self, command: do.ReleaseBundles) -> None:
@@ -155,15 +142,14 @@ class Hands:
             group = await made
             if hand.killed:
                 return self._lost(hand, Ending(EndKind.KILLED))
-            where = placement.in_bundle(group, command.bundle)
-            options = {**self._worker_options, "scheduling_strategy": where}
-            try:
-                hand.actor = self._worker_class.options(**options).remote(hand.number, self._config)
-            except Exception as error:  # Ray refuses it before it asks anybody: the runtime_env, for one
-                message = f"Ray can't start workers like that: {error}"
-                return self._lost(hand, Ending(EndKind.CANNOT_WORK, message=message, fatal=True))
             probe = self._probe(command, group)
-            hello: Hello = await hand.actor.hello.remote()
+            if self._config.forked:
+                hello = await self._take_seat(hand, command, group)
+            else:
+                hand.actor = self._start_actor(hand, command, group)
+                hello = await hand.actor.hello.remote()
+            if isinstance(hello, Ending):
+                return self._lost(hand, hello)
             hand.node, hand.process = hello.node, hello.process
             self._watch(hand)
             devices = await self._devices_of(probe, hello.node, command, group)
@@ -179,8 +165,10 @@ class Hands:
                     devices,
                 )
             )
-            agent = self._agents.get(hand.node)
-            warm: Warm | Ending = await hand.actor.warm.remote(agent and agent.actor, gently=command.gently)
+            if self._config.forked:
+                warm: Warm | Ending = await hand.actor.warm.remote()
+            else:
+                warm = await hand.actor.warm.remote(self._agents.ensure(hand.node).actor, gently=command.gently)
         except Exception as error:
             return self._lost(hand, ending_from(error))
         if isinstance(warm, Ending):
@@ -188,6 +176,34 @@ class Hands:
         return self._post(
             e.WorkerReady(time.monotonic(), hand.number, warm.port, warm.memory_available, warm.memory_used)
         )
+
+    def _start_actor(self, hand: Hand, command: do.StartWorker, group: PlacementGroup) -> Any:
+        """A worker that is an actor."""
+        options = {**self._worker_options, "scheduling_strategy": placement.in_bundle(group, command.bundle)}
+        try:
+            return self._worker_class.options(**options).remote(hand.number, self._config)
+        except Exception as error:  # Ray refuses it before it asks anybody: the runtime_env, for one
+            raise RefusedError(f"Ray can't start workers like that: {error}") from error
+
+    async def _take_seat(self, hand: Hand, command: do.StartWorker, group: PlacementGroup) -> Hello | Ending:
+        """A worker whose seat is in its node's agent. One that has died is waited for, as long as its node is there."""
+        loop = asyncio.get_running_loop()
+        node = ""
+        while not node:  # a bundle that was lost again meanwhile has none
+            await group.ready()
+            node = (await loop.run_in_executor(None, placement.nodes_of, group))[command.bundle]
+        while True:
+            agent = self._agents.ensure(node)
+            replaced = agent.replaced
+            hand.actor = AgentSeat(agent.actor, hand.number)
+            try:
+                hello: Hello | Ending = await hand.actor.hello.remote()
+            except ray.exceptions.RayActorError:
+                await replaced.wait()
+                if node not in self._agents:
+                    raise
+            else:
+                return hello
 
     def _probe(self, command: do.StartWorker, group: PlacementGroup) -> Any:
         """The devices of a bundle, asked once for all its seats and all its workers."""
@@ -252,11 +268,13 @@ class Hands:
             if failed is not None:
                 return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, failed))
             self._post(e.WorkerJoined(time.monotonic(), hand.number, generation))
-            if self._console is not None:
-                self._show(self._agents.get(hand.node), self._console.sources(assignment))
-            ending: Ending = await outcome
+            if self._console is not None and self.run is not None:
+                self._agents.show(hand.node, self.run.run_id, self._console.sources(assignment))
+            ending: Ending | None = await outcome
         except Exception as error:
             return self._lost(hand, ending_from(error))
+        if ending is None:
+            return self._lost(hand, Ending(EndKind.KILLED))
         if ending.kind is EndKind.RETURNED:
             return self._post(e.WorkerReturned(time.monotonic(), hand.number, generation))
         return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, ending))
@@ -281,7 +299,7 @@ class Hands:
     def stop_workers(self, command: do.StopWorkers) -> None:
         """SIGTERM to workers, by their node's agent."""
         for node, workers in self._by_node(command.workers).items():
-            self._agents[node].actor.ask_to_stop.remote(workers)
+            self._agents.ask_to_stop(node, workers)
 
     def kill_workers(self, command: do.KillWorkers) -> None:
         """End workers at once; `WorkerLost` follows when they are known to be gone."""
@@ -296,15 +314,13 @@ class Hands:
 
     async def _kill_watched(self, node: str, workers: list[int], *, ask: bool) -> None:
         """The agent kills first: its SIGKILL reaches a stopped process too, and it sees who was dead before."""
-        answer = self._agents[node].actor.kill.remote(workers, ask=ask)
-        with contextlib.suppress(Exception):  # the node may be gone
-            await asyncio.wait_for(asyncio.wrap_future(answer.future()), AGENT_KILL_SECONDS)
+        await self._agents.kill(node, workers, ask=ask)
         self._kill_by_ray(workers)
 
     def _kill_by_ray(self, workers: list[int]) -> None:
         for worker in workers:
             hand = self._hands.get(worker)
-            if hand is not None and hand.actor is not None:
+            if hand is not None and hand.actor is not None and not self._config.forked:
                 ray.kill(hand.actor)
 
     async def exception_of(self, worker: int, seconds: float) -> bytes | None:
@@ -335,106 +351,28 @@ class Hands:
         return found
 
     def _watch(self, hand: Hand) -> None:
-        self._ensure_agent(hand.node)
-        self._background.start(self._be_watched(hand, self._agents[hand.node]))
+        self._background.start(self._be_watched(hand))
 
-    async def _be_watched(self, hand: Hand, agent: Agent) -> None:
-        with contextlib.suppress(Exception):  # the agent is being restarted, and then asked again; or its node is gone
-            hand.watched = await agent.actor.watch.remote(hand.number, hand.process)
-
-    def _ensure_agent(self, node: str) -> None:
-        if node not in self._agents:
-            self._agents[node] = Agent(self._new_agent(node))
-            self._background.start(self._listen(node))
-
-    def _show(self, agent: Agent | None, sources: list[Source]) -> None:
-        """Have a node send what these write to the console."""
-        if agent is None or not sources or self._console is None or self.run is None:
-            return
-        agent.sources += sources
-        agent.actor.follow.remote(self.run.run_id, [(source, self._console.shown[source]) for source in sources])
-        if agent.output is None:
-            agent.output = asyncio.get_running_loop().create_task(self._take_output(agent, self._console))
-
-    async def _take_output(self, agent: Agent, console: Console) -> None:
-        """Show what a node sends, for as long as its agent is there: the next is asked for when all has been shown."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            while (output := await agent.actor.next_output.remote()) is not None:
-                await asyncio.get_running_loop().run_in_executor(self._writer, console.show, output)
-
-    def _new_agent(self, node: str) -> Any:
-        where = NodeAffinitySchedulingStrategy(node, soft=False)
-        return self._agent_class.options(**self._agent_options, scheduling_strategy=where).remote(self._config)
-
-    async def _listen(self, node: str) -> None:
-        """Take a node agent's news, for as long as the node is there."""
-        agent = self._agents[node]
-        try:
-            await self._take_news(node, agent)
-        finally:
-            if self._agents.get(node) is agent and not self._closing:  # in the end each is killed, not left to Ray
-                del self._agents[node]
-
-    async def _take_news(self, node: str, agent: Agent) -> None:
-        while ray.is_initialized() and not self._closing:
-            try:
-                for death in await agent.actor.next_deaths.remote():
-                    self._died(death)
-                agent.restarts = 0
-            except (ray.exceptions.ActorUnschedulableError, ray.exceptions.RuntimeEnvSetupError):
-                return  # its node is gone, or nothing can run there: the workers tell
-            except ray.exceptions.RayActorError:
-                agent.restarts += 1
-                if agent.restarts > AGENT_RESTARTS:
-                    return
-                await asyncio.sleep(AGENT_RESTART_SECONDS)
-                if not ray.is_initialized():  # or Ray 2.60 would start a new session for the call
-                    return
-                agent.actor = self._new_agent(node)
-                sources, agent.sources, agent.output = agent.sources, [], None
-                self._show(agent, sources)
-                for hand in self._hands.values():
-                    if hand.node == node and not hand.lost:
-                        self._background.start(self._be_watched(hand, agent))
+    async def _be_watched(self, hand: Hand) -> None:
+        assert hand.process is not None
+        hand.watched = await self._agents.watch(hand.node, hand.number, hand.process)
 
     def _died(self, death: Death) -> None:
         """An agent's news."""
         hand = self._hands.get(death.worker)
         if hand is not None:
             hand.lost = True
+            self._agents.forget(hand.node, hand.number)
             self._post(e.WorkerLost(time.monotonic(), hand.number, death.ending, killed=death.killed))
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     async def let_go(self) -> None:
         """End what is left of the run, everywhere, and see that it is gone; bounded."""
-        self._closing = True
         self.kill_workers(do.KillWorkers(tuple(hand.number for hand in self._hands.values() if not hand.lost)))
-        await asyncio.gather(*(self._end_node(node, agent) for node, agent in self._agents.items()))
+        await self._agents.end(at_once=self.at_once)
         self.release_bundles(do.ReleaseBundles(tuple(self._groups)))
         self._background.cancel()
-        await self._background.finish(AGENT_SECONDS)
-        await self._releases.finish(AGENT_SECONDS)
-        for agent in self._agents.values():
-            ray.kill(agent.actor)
-            if agent.output is not None:
-                agent.output.cancel()
-        self._writer.shutdown(wait=False, cancel_futures=True)  # a console may never take what it was given
-        if self._console is not None:
-            self._console.close()
-
-    async def _end_node(self, node: str, agent: Agent) -> None:
-        try:
-            answer = agent.actor.end.remote(END_SECONDS, at_once=self.at_once)
-            patient = self._config.command is not None and not self.at_once
-            seconds = AGENT_SECONDS + (self._config.stop_seconds if patient else 0.0)
-            stubborn = await asyncio.wait_for(asyncio.wrap_future(answer.future()), seconds)
-        except Exception as error:
-            logger.info(
-                "node %s can't say whether all its processes are gone: %s", short_id(node), type(error).__name__
-            )
-        else:
-            if stubborn:
-                logger.warning("node %s: processes %s would not go", short_id(node), stubborn)
-            if agent.output is not None:
-                await agent.output  # the rest: for as long as the console takes it
+        await self._background.finish(FINISH_SECONDS)
+        await self._releases.finish(FINISH_SECONDS)
+        await self._agents.let_go()

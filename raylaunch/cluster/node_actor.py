@@ -3,7 +3,8 @@
 Ray tells that a worker is gone, but not how, and nothing at all of an idle spare. The agent holds a pidfd of each
 worker on its node: it hears of a death at once, asks the kernel how it was (Linux 6.15 and later; else the worker's
 last words), and ends what Ray's own kill doesn't reach: a stopped process, children in sessions of their own.
-It speaks for its workers to the coordinator. It imports neither torch nor the user's code, and decides nothing.
+It speaks for its workers to the coordinator, and has their seats where ranks are forked (`node_seats.py`). It imports
+neither torch nor the user's code, and decides nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from raylaunch.cluster.folders import last_words_directory, log_root, rank_folder
+from raylaunch.cluster.node_seats import NodeSeats
 from raylaunch.cluster.pulse import NodePulse
 from raylaunch.cluster.worker_config import WorkerConfig
 from raylaunch.coordinator.commands import Process
@@ -33,6 +36,7 @@ from raylaunch.worker.processes import (
     end_process,
     ending_from_status,
     forget_last_words,
+    leave_last_words,
     read_last_words,
     start_time,
     strays,
@@ -77,9 +81,14 @@ class NodeAgent:
         self._ended = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
-        self._forker = _keep_forker(config, self._directory, raylet) if config.command is not None else None
+        self._forker = _keep_forker(config, self._directory, raylet) if config.forked else None
+        self._seats = NodeSeats(config, self._directory, self._pulse, self._end_worker)
         self._sweeper = start_sweeper(config.token, self._directory, raylet)
         threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
+
+    async def seat(self, worker: int, method: str, *args: Any) -> Any:
+        """What a worker actor answers to the method of this name: for a worker whose ranks are forked."""
+        return await self._seats.call(worker, method, *args)
 
     async def watch(self, worker: int, process: Process) -> bool:
         """Hold on to a worker's process; False where this node doesn't let us (no descriptors left, no pidfds)."""
@@ -108,7 +117,7 @@ class NodeAgent:
     async def ask_to_stop(self, workers: list[int]) -> None:
         """SIGTERM to workers' processes."""
         for worker in workers:
-            if worker in self._watches:
+            if not self._seats.stop(worker) and worker in self._watches:
                 self._watches[worker].kill(signal.SIGTERM)
 
     async def kill(self, workers: list[int], *, ask: bool) -> None:
@@ -174,6 +183,7 @@ class NodeAgent:
         """A watched process is gone: say so at once, and how as soon as the kernel tells."""
         watch, process = self._watches.pop(worker), self._processes.pop(worker)
         self._ended.set()
+        self._seats.gone(worker)
         if watch.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(watch.fileno())
         for work in (self._explain(worker, watch, process), self._end_strays(process)):
@@ -191,6 +201,8 @@ class NodeAgent:
     async def _explain(self, worker: int, watch: Watch, process: Process) -> None:
         ending = read_last_words(self._directory, process)
         status = watch.exit_status()
+        if ending is None and self._forker is not None and not self._forker.lives():
+            ending = Ending(EndKind.KILLED, message="the process that forks its node's ranks is gone")
         if ending is None and status is None:
             self._tell(worker, Ending(EndKind.KILLED))
             # Linux tells the status once the parent, Ray's raylet, has reaped the process: some milliseconds later.
@@ -208,6 +220,13 @@ class NodeAgent:
         if ending is not None:
             self._tell(worker, ending)
         forget_last_words(self._directory, process)
+
+    def _end_worker(self, worker: int, reason: str) -> None:
+        """End a worker that has no process to say why it ends."""
+        if worker in self._watches:
+            with contextlib.suppress(OSError):  # a full disk must not keep it from ending
+                leave_last_words(self._directory, self._processes[worker], reason)
+            self._watches[worker].kill()
 
     def _tell(self, worker: int, ending: Ending) -> None:
         killed = worker in self._killed or ending.message == REPLACED

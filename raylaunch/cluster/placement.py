@@ -45,6 +45,12 @@ def nodes_of(group: PlacementGroup) -> tuple[str, ...]:
     return tuple(nodes[index] for index in sorted(nodes))
 
 
+def only_node() -> str | None:
+    """The node, where the cluster has one only."""
+    alive = [node["NodeID"] for node in _ask(ray.nodes) if node["Alive"]]
+    return alive[0] if len(alive) == 1 else None
+
+
 def in_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
     """The scheduling strategy of everything in a bundle."""
     return PlacementGroupSchedulingStrategy(group, bundle)

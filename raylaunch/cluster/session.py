@@ -26,8 +26,8 @@ from raylaunch.cluster.folders import log_root
 from raylaunch.cluster.run import Run
 from raylaunch.cluster.shell import Shell
 from raylaunch.cluster.shipping import Packed, pack
-from raylaunch.cluster.worker_actor import versions
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
+from raylaunch.cluster.worker_words import versions
 from raylaunch.command import Command, Logs
 from raylaunch.errors import ConfigError
 from raylaunch.journal import Journal
@@ -40,6 +40,7 @@ logger = logging.getLogger("raylaunch")
 
 #: After the time that workers have for stopping: how long the rest of a stop may take, in seconds.
 STOP_SLACK_SECONDS = 20.0
+ISOLATIONS = ("actor", "process")
 #: How long a run may take to end when it is interrupted for the second time, in seconds.
 AT_ONCE_SECONDS = 5.0
 
@@ -53,6 +54,8 @@ class Setup:
     copy_env: Sequence[str]
     runtime_env: Mapping[str, Any] | None
     log_dir: str | os.PathLike[str] | None
+    #: Where a function is called: in a worker "actor", or in a "process" of its own, whose output `logs` describes.
+    isolation: str = "actor"
 
     def check(self) -> None:
         """Refuse what can't work, before anything is started. Raises `ConfigError`."""
@@ -62,6 +65,8 @@ class Setup:
                 raise ConfigError(
                     f"{name}={items!r}: must be a tuple of strings (none of them empty), as ({example!r},)"
                 )
+        if self.isolation not in ISOLATIONS:
+            raise ConfigError(f"isolation={self.isolation!r}: must be {' or '.join(map(repr, ISOLATIONS))}")
         if self.runtime_env is not None and not isinstance(self.runtime_env, Mapping):
             raise ConfigError(f"runtime_env={self.runtime_env!r}: must be a dictionary, as Ray's runtime_env")
         if self.log_dir is not None and not isinstance(self.log_dir, (str, os.PathLike)):
@@ -88,11 +93,11 @@ class Job:
         return pack(self.train_fn, self.args, self.kwargs, tuple(self.no_retry))
 
 
-def launch(spec: RunSpec, setup: Setup, job: Job) -> RunResult:
-    """Carry a single run out. See `raylaunch.run` for what it raises."""
+def launch(spec: RunSpec, setup: Setup, job: Job, logs: Logs | None = None) -> RunResult:
+    """Carry a single run out. See `raylaunch.run` for what it raises. `logs`: of ranks that are processes."""
     setup.check()
     packed = job.pack()
-    with Session(spec, setup, held=False) as session:
+    with Session(spec, setup, held=False, logs=logs) as session:
         return session.result(session.request(packed, spec.run_id, spec.max_restarts))
 
 
@@ -153,8 +158,9 @@ class Session:
             stop_seconds=spec.timeouts.stop,
             log_dir="" if setup.log_dir is None else os.path.abspath(setup.log_dir),
             command=command,
-            logs=logs,
+            logs=logs or Logs() if command is not None or setup.isolation == "process" else None,
         )
+        self._forked = config.forked
         journal = Journal(os.path.join(setup.log_dir or log_root(), spec.run_id), spec.run_id)
         logger.info("%s %s: journal %s", "launcher" if held else "run", spec.run_id, journal.path)
         self._journal = journal.path
@@ -165,6 +171,10 @@ class Session:
         """Have a run made, after those that were requested before."""
         if not ray.is_initialized():  # or Ray 2.60 would start a new session for the first call
             raise ConfigError("ray.shutdown() was called under the launcher: its workers are gone with the session")
+        if packed is not None and packed[1] and self._forked:
+            raise ConfigError(
+                "args, kwargs: hold an ObjectRef, and isolation='process' has no Ray inside: pass its value"
+            )
         spec = replace(self._spec, run_id=run_id, max_restarts=max_restarts)
         run = Run(spec, RunConfig(run_id, None if packed is None else ray.put(packed), max_restarts), self._journal)
         self._shell.request(run)

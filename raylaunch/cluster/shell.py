@@ -63,8 +63,9 @@ class Shell:
         self._journal = journal
         self._coordinator = coordinator
         console = None
-        if config.command is not None and config.logs is not None:
-            console = Console(config.command, config.logs, os.path.dirname(journal.path))
+        if config.logs is not None:
+            role = "default" if config.command is None else config.command.role
+            console = Console(role, config.logs, os.path.dirname(journal.path))
         self._hands = hands = Hands(spec, config, runtime_env, self.post, console)
         self._carry_out: dict[type[do.Command], Callable[[Any], None]] = {
             do.RequestBundles: hands.request_bundles,
@@ -220,6 +221,7 @@ class Shell:
 
     async def _main(self) -> None:
         try:
+            self._hands.start()
             if self._held:
                 self.post(e.HoldRequested(time.monotonic(), self._spec))
             await self._wakeup.wait()  # for the request: what the cluster has been through comes after it

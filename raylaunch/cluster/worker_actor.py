@@ -1,11 +1,11 @@
-"""The worker actor: a seat's process. It starts as a spare; promoted, it runs its payload as one rank, once.
+"""The worker actor: a seat's process. It starts as a spare; promoted, it calls its function as one rank, once.
 
 Its methods are called one after the other on the process's main thread (a plain actor, Ray 2.60), so that signal
 handlers and asyncio.run work in train_fn:
 
     hello -> warm -> (answer ...) -> join -> run -> collect
 
-A side thread keeps up the pulse. How the payload ended is a value, not a Ray error, so that nothing of it is lost.
+A side thread keeps up the pulse. How the function ended is a value, not a Ray error, so that nothing of it is lost.
 """
 
 from __future__ import annotations
@@ -13,64 +13,23 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import dataclass
-from importlib import metadata
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
-from raylaunch.cluster.command_payload import CommandPayload
 from raylaunch.cluster.folders import last_words_directory
 from raylaunch.cluster.function_payload import FunctionPayload
 from raylaunch.cluster.pulse import WorkerPulse
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
+from raylaunch.cluster.worker_words import Hello, Warm, memory_available, versions
 from raylaunch.coordinator.commands import Assignment, Process
 from raylaunch.errors import Ending
-from raylaunch.version import __version__
 from raylaunch.worker.processes import LastWords, end_process, start_time, token_of
 
 #: A predecessor of the seat gets this long to be gone after its SIGKILL, in seconds, before the new process goes on.
 PREDECESSOR_SECONDS = 10.0
 #: ... and before that, this long to be ended by the node's agent, which sees how it ended.
 PREDECESSOR_PATIENCE = 0.3
-
-
-@dataclass(frozen=True)
-class Hello:
-    """A worker's first words."""
-
-    node: str
-    host: str
-    process: Process
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Warm:
-    """A spare is ready. Memory in bytes."""
-
-    port: int
-    memory_available: int
-    memory_used: int
-
-
-class Payload(Protocol):
-    """What a seat runs: a function (`function_payload`) or a command (`command_payload`). Called in this order."""
-
-    def warm(self, *, gently: bool) -> int | Ending:
-        """Get ready to become a rank; the port of a store that the group may use, or what can't work."""
-
-    def join(self, assignment: Assignment, run: RunConfig) -> Ending | None:
-        """Become a rank. None, or how it failed."""
-
-    def run(self) -> tuple[Ending, bytes | None]:
-        """Run it. How it ended, and the pickled exception if there is one."""
-
-    def collect(self) -> Any:
-        """The value that it returned; what nobody may see before, such as leaving the group, is done now."""
-
-    def what_it_fails_with(self) -> Ending | None:
-        """What only this rank can tell peers that lost it. Called in a thread, while `run` goes on."""
 
 
 class WorkerActor:
@@ -83,11 +42,7 @@ class WorkerActor:
         os.environ.update(RAYLAUNCH_TOKEN=token_of(config.token, self._process), RAYLAUNCH_RUN_ID=config.name)
         sys.path += [path for path in config.code_path if path not in sys.path and os.path.isdir(path)]
         self._last_words = LastWords(last_words_directory(config.name))
-        self._payload: Payload
-        if config.command is None:
-            self._payload = FunctionPayload(config, self._host)
-        else:
-            self._payload = CommandPayload(config, config.command, self._host, self._last_words)
+        self._payload = FunctionPayload(config, self._host)
         self._last_words.leave_when_asked(self._payload.what_it_fails_with)
         self._pulse = WorkerPulse(worker, config.coordinator, config.lease, self._last_words)
 
@@ -99,7 +54,7 @@ class WorkerActor:
         """Get ready to become a rank. From here on the node's agent speaks for this worker."""
         self._pulse.agent = agent
         port = self._payload.warm(gently=gently)
-        return port if isinstance(port, Ending) else Warm(port, _memory_available(), _memory_used())
+        return port if isinstance(port, Ending) else Warm(port, memory_available(), _memory_used())
 
     def answer(self) -> None:
         """Answer the roll call."""
@@ -114,7 +69,7 @@ class WorkerActor:
 
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
     def run(self) -> tuple[Ending, bytes | None]:
-        """Run the payload. How it ended, and the exception itself where there is one and it pickles."""
+        """Call the function. How it ended, and the exception itself where there is one and it pickles."""
         return self._payload.run()
 
     def collect(self) -> tuple[Any]:
@@ -122,27 +77,10 @@ class WorkerActor:
         return (self._payload.collect(),)
 
 
-def versions() -> dict[str, str]:
-    """What has to be the same on the driver and on every node. Read without importing torch."""
-    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    found["raylaunch"] = __version__
-    for name in ("torch", "ray"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
-
-
 def _end_predecessors(processes: tuple[Process, ...]) -> None:
     """See that the seat's earlier processes are gone, stopped ones too."""
     for process in processes:
         end_process(process, PREDECESSOR_SECONDS, patience=PREDECESSOR_PATIENCE)
-
-
-def _memory_available() -> int:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
 
 
 def _memory_used() -> int:

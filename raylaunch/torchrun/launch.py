@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raylaunch.result import RunResult
@@ -87,7 +88,8 @@ def run_function(asked: Plan, function: Callable[..., Any], args: Sequence[Any],
     from raylaunch.cluster.session import Job
     from raylaunch.cluster.session import launch as launch_function
 
-    return launch_function(spec, _setup(asked), Job(function, tuple(args), None, ()))
+    setup = replace(_setup(asked), isolation="process")
+    return launch_function(spec, setup, Job(function, tuple(args), None, ()), asked.logs)
 
 
 def _setup(asked: Plan) -> Setup:

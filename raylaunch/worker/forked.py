@@ -1,4 +1,4 @@
-"""How a fork of the forker becomes a rank of a command: as if `python -u script.py` had been started.
+"""How a fork of the forker becomes a rank: as if `python -u script.py` had been started.
 
 `Order` says what to become; the forker calls `become` in the fork, at the bottom of its stack, so that whatever the
 command ends with (an exception, sys.exit, its last line) reaches the interpreter as it would have in a process of its
@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from raylaunch.command import Entry
+from raylaunch.worker.function_rank import run_call
 
 #: The fork's only descriptor beside its three streams is kept out of the way of what a program counts on.
 _HIGH_DESCRIPTOR = 100
@@ -81,6 +82,9 @@ def become(order: Order) -> None:
     sys.argv = [order.target, *order.args]
     sys.orig_argv = [sys.executable, "-u", *(["-m"] if order.entry is Entry.MODULE else []), *sys.argv]
     try:
+        if order.entry is Entry.FUNCTION:
+            sys.argv = [sys.executable]
+            return run_call(order.target, order.args[0])
         _RUN[order.entry](order.target, main)
     except SystemExit:
         raise

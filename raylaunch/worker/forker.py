@@ -1,22 +1,24 @@
 """The forker: a plain process on each node of a run of commands. It has imported torch once, and forks the ranks.
 
-N ranks on a node then cost one import. It has no Ray, no threads and no CUDA, so that forks of it are clean. The node's
-agent starts it (`forker_keeper.py`); the workers of the node talk to it over a socket in the run's directory there, one
-connection each, with one message a line, as JSON (`forker_client.py` is their side):
+N ranks on a node then cost one import. It has no Ray, no threads and no CUDA, so that forks of it are clean. The
+node's agent starts it (`forker_keeper.py`), and talks to it over a socket in the run's directory there: one connection
+for each worker, with one message a line, as JSON (`forker_client.py` is its side):
 
-    {"do": "store", "host": ...}     -> {"port": ...}: a fork that holds a TCPStore for as long as the connection
+    {"do": "store", "host": ...}     -> {"port": ..., "pid": ..., "started": ...}: a fork that holds a TCPStore for as
+                                     long as the connection. It stands for the worker: the connection ends with it, too
     {"do": "run", "order": {...}}    -> {"pid": ...}, and when it has ended {"exit_code": ...} or {"signal": ...}
     {"do": "stop"}                   ends the rank's session as the end of the connection does
 
 What can't be done is answered by {"failed": ...}. A connection that ends takes its rank's session with it: SIGTERM, and
 SIGKILL after the run's `timeouts.stop`; what has left the session is the agent's to end. No rank of a generation starts
-here before the sessions of the older ones are gone. The forker goes when the agent and all workers have gone; when the
-raylet has, at once, with everything.
+here before the sessions of the older ones are gone, those of a forker before this one too. The forker goes when the
+agent and all ranks have gone; when the raylet has, at once, with everything.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -42,14 +44,23 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
+@dataclass
+class Store:
+    """The fork that holds a worker's store."""
+
+    pid: int
+    pidfd: int
+    #: On which it says the port; -1: it has.
+    pipe: int
+
+
 @dataclass(eq=False)
 class Client:
     """A worker's connection."""
 
     connection: socket.socket
     received: bytearray = field(default_factory=bytearray)
-    #: The fork that holds its store, and the pipe on which that says the port (-1: it has).
-    store: tuple[int, int] | None = None
+    store: Store | None = None
     waiting: Order | None = None
     session: Session | None = None
 
@@ -67,6 +78,7 @@ class Forker:
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self._settings = settings
+        self._lock = os.open(os.path.join(settings.directory, "forker.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         self._pid = os.getpid()
         self._selector = selectors.DefaultSelector()
         self._clients: set[Client] = set()
@@ -91,6 +103,10 @@ class Forker:
             self._failed = f"preload={wanted!r} can't be imported there: {type(error).__name__}: {error}"
         gc.collect()
         gc.freeze()  # the collector of a fork would copy every page
+
+    def wait_for_its_turn(self) -> None:
+        """Wait until a forker before this one has gone, and with it all of its ranks. They have their own deadline."""
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def serve(self) -> Callable[[], None] | None:
         """Serve until nobody is left. Returns None then; and in each fork, what that is to do."""
@@ -159,12 +175,7 @@ class Forker:
         self._selector.unregister(client.connection)
         client.connection.close()
         if client.store is not None:
-            pid, pipe = client.store
-            if pipe >= 0:
-                self._selector.unregister(pipe)
-                os.close(pipe)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            self._close_store(client.store)
         if client.session is not None and client.session in self._sessions:
             self._sessions.end(client.session, seconds)
 
@@ -174,15 +185,33 @@ class Forker:
         reader, writer = os.pipe()
         pid = self._fork(lambda: _hold_store(host, writer))
         os.close(writer)
-        client.store = (pid, reader)
-        self._selector.register(reader, selectors.EVENT_READ, lambda: self._store_opened(client, pid, reader))
+        store = client.store = Store(pid, os.pidfd_open(pid), reader)
+        self._selector.register(reader, selectors.EVENT_READ, lambda: self._store_opened(client, store))
+        self._selector.register(store.pidfd, selectors.EVENT_READ, lambda: self._store_gone(client))
 
-    def _store_opened(self, client: Client, pid: int, pipe: int) -> None:
-        said = os.read(pipe, 10_000).decode(errors="replace")
-        self._selector.unregister(pipe)
-        os.close(pipe)
-        client.store = (pid, -1)
-        self._tell(client, json.loads(said) if said else {"failed": "the process that held the store is gone"})
+    def _store_opened(self, client: Client, store: Store) -> None:
+        said = os.read(store.pipe, 10_000).decode(errors="replace")
+        self._selector.unregister(store.pipe)
+        os.close(store.pipe)
+        store.pipe = -1
+        if said:
+            self._tell(client, {**json.loads(said), "pid": store.pid, "started": start_time(store.pid)})
+
+    def _store_gone(self, client: Client) -> None:
+        """Somebody has ended the worker; or it couldn't open a store, and has said why."""
+        assert client.store is not None
+        if client.store.pipe >= 0:
+            self._store_opened(client, client.store)
+        self._drop(client, self._settings.stop_seconds)
+
+    def _close_store(self, store: Store) -> None:
+        if store.pipe >= 0:
+            self._selector.unregister(store.pipe)
+            os.close(store.pipe)
+        self._selector.unregister(store.pidfd)
+        os.close(store.pidfd)
+        os.kill(store.pid, signal.SIGKILL)
+        os.waitpid(store.pid, 0)
 
     # -- ranks -------------------------------------------------------------------------------------------------------
 
@@ -219,14 +248,17 @@ class Forker:
         raise _Forked(job)
 
     def _close(self) -> None:
+        os.close(self._lock)
         self._selector.close()
         self._sessions.close()
         self._raylet.close()
         self._listener.close()
         for client in self._clients:
             client.connection.close()
-            if client.store is not None and client.store[1] >= 0:
-                os.close(client.store[1])
+            if client.store is not None:
+                os.close(client.store.pidfd)
+                if client.store.pipe >= 0:
+                    os.close(client.store.pipe)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
@@ -275,6 +307,7 @@ def main() -> None:
     forker = Forker(settings, listener)
     del listener  # a fork closes it
     forker.preload()
+    forker.wait_for_its_turn()
     job = forker.serve()
     del forker
     if job is not None:

@@ -1,7 +1,6 @@
-"""A worker's connection to the forker of its node: a store, and one rank's process. The other side is `forker.py`.
+"""The agent's connection to the forker of its node for one worker: a store, and a rank's process.
 
-As long as the connection is there, so are the store and the process. A thread reads it, so that it is known at once
-when the forker goes.
+The other side is `forker.py`. As long as the connection is there, so are the store and the process.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind, RaylaunchError
 from raylaunch.worker.forked import Order
 from raylaunch.worker.forker_keeper import SOCKET
@@ -32,22 +31,26 @@ class ForkerError(RaylaunchError):
 class ForkerClient:
     """One connection. Its calls come in order, from one thread; `stop` may come at any time."""
 
-    def __init__(self, directory: str, seconds: float, lost: Callable[[], None]) -> None:
-        """Connect to the forker whose run has this directory, which may just be starting.
-
-        `lost` is called, in a thread, when the forker is gone. Raises `ForkerError`.
-        """
+    def __init__(self, directory: str, seconds: float) -> None:
+        """Connect to the forker whose run has this directory, which may just be starting. Raises `ForkerError`."""
         self._connection = _connect(directory, seconds)
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._read, args=(lost,), name="raylaunch-forker", daemon=True)
+        self._thread = threading.Thread(target=self._read, name="raylaunch-forker", daemon=True)
         self._thread.start()
 
-    def open_store(self, host: str) -> int:
-        """Have a store opened there; its port. Raises `ForkerError`."""
-        return int(self._ask({"do": "store", "host": host})["port"])
+    def open_store(self, host: str) -> tuple[Process, int]:
+        """Have a process opened that holds a store there: it stands for the worker. It, and the store's port.
+
+        Raises `ForkerError`.
+        """
+        answer = self._ask({"do": "store", "host": host})
+        return Process(answer["pid"], answer["started"]), answer["port"]
 
     def start(self, order: Order) -> int:
-        """Have a rank's process started, once; its pid. It may have to wait for older ones to be gone."""
+        """Have a rank's process started, once; its pid. It may have to wait for older ones to be gone.
+
+        Raises `ForkerError`.
+        """
         answer = self._ask({"do": "run", "order": asdict(order)})
         if "signal" in answer:  # it was ended before it began
             self._answers.put(answer)
@@ -55,8 +58,8 @@ class ForkerClient:
         return int(answer["pid"])
 
     def wait(self) -> Ending:
-        """Wait until the rank's process has ended; how it did."""
-        answer = self._answers.get()
+        """Wait until the rank's process has ended; how it did. Raises `ForkerError` when the worker has been ended."""
+        answer = self._answer()
         if "signal" in answer:
             return Ending(EndKind.SIGNALED, signal=answer["signal"])
         code = answer["exit_code"]
@@ -75,6 +78,9 @@ class ForkerClient:
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         self._send(message)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
         answer = self._answers.get()
         if "failed" in answer:
             raise ForkerError(answer["failed"])
@@ -84,11 +90,11 @@ class ForkerClient:
         with contextlib.suppress(OSError):  # it is gone: the reading thread sees that
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def _read(self, lost: Callable[[], None]) -> None:
+    def _read(self) -> None:
         with contextlib.suppress(OSError), self._connection.makefile("rb") as lines:
             for line in lines:
                 self._answers.put(json.loads(line))
-        lost()
+        self._answers.put({"failed": "the connection to the process that forks this node's ranks has ended"})
 
 
 def _connect(directory: str, seconds: float) -> socket.socket:

@@ -231,7 +231,7 @@ def sign_in(directory: str) -> None:
     """Be found by `workers_in` without having last words."""
     own = Process(os.getpid(), start_time(os.getpid()) or 0)
     Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-    _last_words_path(directory, own).touch(0o600)
+    last_words_path(directory, own).touch(0o600)
 
 
 class LastWords:
@@ -246,7 +246,7 @@ class LastWords:
         self._pid = os.getpid()
         self._leave = os._exit
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path = _last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
+        self.path = last_words_path(directory, Process(self._pid, start_time(self._pid) or 0))
         # Kept open: neither a full descriptor table nor a signal handler should have to open it at the end.
         self._file = self.path.open("wb", buffering=0)
         # One thread only, as Ray does: the others' frames are read without the GIL.
@@ -286,7 +286,7 @@ class LastWords:
 def read_last_words(directory: str, process: Process) -> Ending | None:
     """How a process said that it ends; None when it said nothing, which is usual."""
     try:
-        with _last_words_path(directory, process).open("rb") as file:
+        with last_words_path(directory, process).open("rb") as file:
             text = file.read(_LAST_WORDS_LIMIT).decode(errors="replace")
     except OSError:
         return None
@@ -301,10 +301,16 @@ def read_last_words(directory: str, process: Process) -> Ending | None:
     return Ending(EndKind.EXITED, exit_code=int(note[1]) & 0xFF, message=note[2]) if note else None
 
 
+def leave_last_words(directory: str, process: Process, reason: str) -> None:
+    """Write down why a process is ended, as it would have itself."""
+    with last_words_path(directory, process).open("ab") as file:
+        file.write(f"raylaunch: exit 1: {reason}\n".encode())
+
+
 def ask_for_last_words(directory: str, process: Process) -> bool:
     """Have a process end at once, and say why if it knows; whether it could be asked. It may be stopped, or busy."""
     try:
-        asking = os.open(_asking_path(_last_words_path(directory, process)), os.O_WRONLY | os.O_NONBLOCK)
+        asking = os.open(_asking_path(last_words_path(directory, process)), os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -317,7 +323,7 @@ def ask_for_last_words(directory: str, process: Process) -> bool:
 
 def forget_last_words(directory: str, process: Process) -> None:
     """Remove what a process has written."""
-    path = _last_words_path(directory, process)
+    path = last_words_path(directory, process)
     for one in (path, _asking_path(path)):
         one.unlink(missing_ok=True)
 
@@ -326,8 +332,18 @@ def _asking_path(last_words: Path) -> Path:
     return last_words.with_suffix(".ask")
 
 
-def _last_words_path(directory: str, process: Process) -> Path:
+def last_words_path(directory: str, process: Process) -> Path:
+    """The file that a worker keeps open for its last words; its forks, which have it open too, are found by it."""
     return Path(directory) / f"{process.pid}-{process.started}.txt"
+
+
+def own_memory(pid: int) -> int:
+    """The memory that a process shares with no other, in bytes; 0 when there is no such process."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
 def stat_fields(pid: int) -> list[bytes]:

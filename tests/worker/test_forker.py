@@ -41,12 +41,11 @@ class Node:
             **{"stop_seconds": 5.0, "preload": (), **settings},
         )
         self.forker, self.agent = start_forker(self.settings, {**os.environ, "RAYLAUNCH_RUN_ID": "test"})
-        self.lost: list[str] = []
         self.clients: list[ForkerClient] = []
         self.orders = 0
 
-    def client(self, name=""):
-        made = ForkerClient(str(self.directory), SECONDS, lambda: self.lost.append(name))
+    def client(self):
+        made = ForkerClient(str(self.directory), SECONDS)
         self.clients.append(made)
         return made
 
@@ -333,11 +332,12 @@ def test_what_waits_can_be_called_off(node):
 
 
 def test_a_forker_that_dies_takes_its_ranks_along_and_its_workers_hear_of_it(node):
-    _client, pid, _ = node.start("import time; print('up'); time.sleep(1000)", client=node.client("heard"))
+    client, pid, _ = node.start("import time; print('up'); time.sleep(1000)")
     with Watch(node.forker) as watch:
         watch.kill()
     gone([pid])
-    eventually(lambda: node.lost == ["heard"], "the worker hears of it", SECONDS)
+    with pytest.raises(ForkerError, match="has ended"):
+        client.wait()
 
 
 def test_it_stays_while_there_are_ranks_and_goes_with_the_last(node):
@@ -372,7 +372,7 @@ def test_a_killed_worker_is_one_that_goes(node, python):
 import json
 from raylaunch.worker.forked import Order
 from raylaunch.worker.forker_client import ForkerClient
-client = ForkerClient({str(node.directory)!r}, 10, print)
+client = ForkerClient({str(node.directory)!r}, 10)
 print(client.start(Order.parse(json.loads(input()))), flush=True)
 input()
 """
@@ -415,7 +415,8 @@ def test_a_keeper_starts_a_new_forker_when_one_has_died(tmp_path, python):
     first = node.client()
     assert first.start(node.order("")) > 0
     os.kill(keeper._forker.pid, signal.SIGKILL)
-    eventually(lambda: node.lost, "it is gone", SECONDS)
+    with pytest.raises(ForkerError, match="has ended"):
+        first.wait(), first.wait()  # the rank's end may have been told before
     eventually(keeper.lives, "there is another", SECONDS)
     second = node.client()
     assert second.start(node.order("")) > 0
@@ -440,7 +441,7 @@ def test_ranks_share_one_import_of_torch_and_a_store_that_a_fork_holds(tmp_path,
     node = Node(tmp_path, python, preload=("torch", "torch.distributed"))
     try:
         keeper = node.client()
-        port = keeper.open_store("127.0.0.1")
+        _, port = keeper.open_store("127.0.0.1")
         env = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
@@ -479,3 +480,38 @@ def test_ranks_share_one_import_of_torch_and_a_store_that_a_fork_holds(tmp_path,
         assert not drawn[0] & drawn[1]
     finally:
         node.close()
+
+
+def test_who_holds_the_store_stands_for_the_worker(hasty, python):
+    """Ended, by whomever, it takes the rank's session along; and it goes with the connection."""
+    hasty.close()
+    node = Node(hasty.folder, python, preload=("torch.distributed",), stop_seconds=0.5)
+    try:
+        client = node.client()
+        holder, _ = client.open_store("127.0.0.1")
+        _, rank, _ = node.start("import time; print('up'); time.sleep(1000)", client=client)
+        os.kill(holder.pid, signal.SIGKILL)
+        with pytest.raises(ForkerError, match="has ended"):
+            client.wait()
+        gone([rank, holder.pid])
+        other = node.client()
+        holder, _ = other.open_store("127.0.0.1")
+        other.close()
+        gone([holder.pid])
+    finally:
+        node.close()
+
+
+def test_a_new_forker_starts_no_rank_before_those_of_the_old_one_are_gone(tmp_path, python):
+    """An agent was killed and started again: its first forker still ends what it has."""
+    old = Node(tmp_path, python, stop_seconds=2.0)
+    client, deaf, _ = old.start(CHILDREN, "deaf")
+    old.agent.close()
+    client.close()
+    new = Node(tmp_path, python)
+    try:
+        asked = new.client()
+        asked.start(new.order("pass"))
+        assert not Path(f"/proc/{deaf}/exe").exists()
+    finally:
+        new.close()
