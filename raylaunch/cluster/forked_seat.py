@@ -72,6 +72,9 @@ class ForkedSeat:
         """What a spare has to say: there is nothing to import any more."""
         return Warm(self._port, memory_available(), own_memory(self._process.pid))
 
+    def answer(self) -> None:
+        """Answer the roll call."""
+
     def join(self, assignment: Assignment, run: RunConfig, call: str) -> Ending | None:
         """See that everything is there that the rank needs. None, or what can't work; the rank joins by itself.
 

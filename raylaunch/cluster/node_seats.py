@@ -44,6 +44,7 @@ class NodeSeats:
         self._threads: dict[int, ThreadPoolExecutor] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._door: asyncio.Task[None] | None = None
+        self._joined: dict[int, asyncio.Event] = {}
         self._calls: set[str] = set()
         self._writing = asyncio.Lock()
 
@@ -54,17 +55,12 @@ class NodeSeats:
         """
         if method == "hello":
             return await self._hello(worker)
-        if method == "answer":
-            return None
         if method == "join":
             assignment, run = args
             return await self._join(worker, assignment, run)
-        try:
-            return await self._do(worker, method)
-        except SeatLostError:
-            if method != "run":
-                raise
-            return None, None  # Ray 2.60 would print an error that nobody asks for: the exception's half of it
+        if method == "run":
+            return await self._run(worker)
+        return await self._do(worker, method)
 
     def stop(self, worker: int) -> bool:
         """Ask a worker's rank to end; whether the worker is one of these."""
@@ -76,6 +72,7 @@ class NodeSeats:
         """A worker's process has ended."""
         seat = self._seats.pop(worker, None)
         if seat is not None:
+            self._joined.pop(worker).set()
             thread = self._threads.pop(worker)
             thread.submit(seat.close)
             thread.shutdown(wait=False)
@@ -83,6 +80,7 @@ class NodeSeats:
     async def _hello(self, worker: int) -> Any:
         if self._door is None:
             self._door = asyncio.get_running_loop().create_task(self._serve())
+        self._joined[worker] = asyncio.Event()
         self._seats[worker] = ForkedSeat(self._config, self._directory)
         self._threads[worker] = ThreadPoolExecutor(1, f"raylaunch-seat-{worker}")
         hello = await self._do(worker, "hello")
@@ -101,7 +99,19 @@ class NodeSeats:
                     data, _ = await run.payload
                     await asyncio.get_running_loop().run_in_executor(None, Path(path).write_bytes, data)
                     self._calls.add(run.run_id)
-        return await self._do(worker, "join", assignment, run, path)
+        try:
+            return await self._do(worker, "join", assignment, run, path)
+        finally:
+            if worker in self._joined:
+                self._joined[worker].set()
+
+    async def _run(self, worker: int) -> Any:
+        if worker in self._joined:  # calls of an actor with asyncio overtake one another (Ray 2.60)
+            await self._joined[worker].wait()
+        try:
+            return await self._do(worker, "run")
+        except SeatLostError:
+            return None, None  # Ray 2.60 would print an error that nobody asks for: the exception's half of it
 
     async def _do(self, worker: int, method: str, *args: Any) -> Any:
         seat = self._seats.get(worker)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO
 
 from raylaunch.coordinator.commands import Process
-from raylaunch.worker.forker_keeper import SOCKET
 from raylaunch.worker.processes import Watch, end_process, forget_last_words, strays, workers_in
 
 #: How long one process may take to be gone after its SIGKILL, in seconds.
@@ -68,9 +68,7 @@ def sweep(token: str, directory: str, raylet: Process) -> None:
             for watch in (*watches.values(), *([ray_lives] if ray_lives.alive() else [])):
                 poller.register(watch.fileno(), select.POLLIN)
             poller.poll()
-    with contextlib.suppress(OSError):
-        Path(directory, SOCKET).unlink(missing_ok=True)
-        Path(directory).rmdir()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def main() -> None:
