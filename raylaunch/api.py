@@ -69,7 +69,7 @@ def run(
         no_retry: exception types that end the run at once.
         grow: whether a running group is re-formed to take in new resources, up to the maximum.
         spares: warm spare processes per node, or "auto": one per worker while they fit into a quarter of the node's
-            free memory. They are what makes a recovery quick.
+            free memory, and none with isolation="process". They are what makes a recovery quick.
         preload: modules that a worker imports before it is needed.
         timeouts: how long each phase may take.
         env: environment variables of the workers.

@@ -82,12 +82,13 @@ class NodeAgent:
         self._tasks: set[asyncio.Task[None]] = set()
         raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
         self._forker = _keep_forker(config, self._directory, raylet) if config.forked else None
-        self._seats = NodeSeats(config, self._directory, self._pulse, self._end_worker)
+        self._seats = NodeSeats(config, self._directory, self._pulse, self._end_worker) if config.forked else None
         self._sweeper = start_sweeper(config.token, self._directory, raylet)
         threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
 
     async def seat(self, worker: int, method: str, *args: Any) -> Any:
         """What a worker actor answers to the method of this name: for a worker whose ranks are forked."""
+        assert self._seats is not None, "ranks are forked"
         return await self._seats.call(worker, method, *args)
 
     async def watch(self, worker: int, process: Process) -> bool:
@@ -117,7 +118,9 @@ class NodeAgent:
     async def ask_to_stop(self, workers: list[int]) -> None:
         """SIGTERM to workers' processes."""
         for worker in workers:
-            if not self._seats.stop(worker) and worker in self._watches:
+            if self._seats is not None:
+                self._seats.stop(worker)
+            elif worker in self._watches:
                 self._watches[worker].kill(signal.SIGTERM)
 
     async def kill(self, workers: list[int], *, ask: bool) -> None:
@@ -183,7 +186,8 @@ class NodeAgent:
         """A watched process is gone: say so at once, and how as soon as the kernel tells."""
         watch, process = self._watches.pop(worker), self._processes.pop(worker)
         self._ended.set()
-        self._seats.gone(worker)
+        if self._seats is not None:
+            self._seats.gone(worker)
         if watch.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(watch.fileno())
         for work in (self._explain(worker, watch, process), self._end_strays(process)):

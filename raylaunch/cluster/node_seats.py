@@ -43,7 +43,8 @@ class NodeSeats:
         self._seats: dict[int, ForkedSeat] = {}
         self._threads: dict[int, ThreadPoolExecutor] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._door: asyncio.Task[None] | None = None
+        self._listener = _listen(directory)
+        self._server: asyncio.Task[None] | None = None
         self._joined: dict[int, asyncio.Event] = {}
         self._calls: set[str] = set()
         self._writing = asyncio.Lock()
@@ -62,11 +63,10 @@ class NodeSeats:
             return await self._run(worker)
         return await self._do(worker, method)
 
-    def stop(self, worker: int) -> bool:
-        """Ask a worker's rank to end; whether the worker is one of these."""
+    def stop(self, worker: int) -> None:
+        """Ask a worker's rank to end."""
         if worker in self._seats:
             self._seats[worker].stop()
-        return worker in self._seats
 
     def gone(self, worker: int) -> None:
         """A worker's process has ended."""
@@ -78,8 +78,8 @@ class NodeSeats:
             thread.shutdown(wait=False)
 
     async def _hello(self, worker: int) -> Any:
-        if self._door is None:
-            self._door = asyncio.get_running_loop().create_task(self._serve())
+        if self._server is None:
+            self._server = asyncio.get_running_loop().create_task(self._serve())
         self._joined[worker] = asyncio.Event()
         self._seats[worker] = ForkedSeat(self._config, self._directory)
         self._threads[worker] = ThreadPoolExecutor(1, f"raylaunch-seat-{worker}")
@@ -140,15 +140,7 @@ class NodeSeats:
     # -- ranks that ask ----------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        listener = socket.socket(socket.AF_UNIX)
-        folder = os.open(self._directory, os.O_PATH)
-        try:
-            with contextlib.suppress(FileNotFoundError):  # of an agent before this one
-                os.unlink(AGENT_SOCKET, dir_fd=folder)
-            listener.bind(f"/proc/self/fd/{folder}/{AGENT_SOCKET}")  # a socket's path may have no more than 107 bytes
-        finally:
-            os.close(folder)
-        server = await asyncio.start_unix_server(self._answer, sock=listener)
+        server = await asyncio.start_unix_server(self._answer, sock=self._listener)
         await server.serve_forever()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -171,3 +163,17 @@ class NodeSeats:
             except ray.exceptions.RayActorError:
                 await asyncio.sleep(RESTART_SECONDS)
         return False
+
+
+def _listen(directory: str) -> socket.socket:
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    folder = os.open(directory, os.O_PATH)
+    try:
+        with contextlib.suppress(FileNotFoundError):  # of an agent before this one
+            os.unlink(AGENT_SOCKET, dir_fd=folder)
+        listener.bind(f"/proc/self/fd/{folder}/{AGENT_SOCKET}")  # a socket's path may have no more than 107 bytes
+    finally:
+        os.close(folder)
+    listener.listen()
+    return listener

@@ -135,6 +135,9 @@ class Session:
     ) -> None:
         connect()
         check_with_ray(spec, setup)
+        forked = command is not None or setup.isolation == "process"
+        if forked and spec.spares < 0:
+            spec = replace(spec, spares=0)  # a seat costs a fork: nothing is gained by having it before
         self._spec = spec = replace(spec, versions=versions())
         in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
         environ = dict(os.environ)
@@ -158,9 +161,9 @@ class Session:
             stop_seconds=spec.timeouts.stop,
             log_dir="" if setup.log_dir is None else os.path.abspath(setup.log_dir),
             command=command,
-            logs=logs or Logs() if command is not None or setup.isolation == "process" else None,
+            logs=(logs or Logs()) if forked else None,
         )
-        self._forked = config.forked
+        self._forked = forked
         journal = Journal(os.path.join(setup.log_dir or log_root(), spec.run_id), spec.run_id)
         logger.info("%s %s: journal %s", "launcher" if held else "run", spec.run_id, journal.path)
         self._journal = journal.path

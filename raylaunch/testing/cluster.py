@@ -39,6 +39,7 @@ from raylaunch.testing.background_run import BackgroundRun
 from raylaunch.testing.reaper import KILL_SECONDS, MARK, processes
 from raylaunch.testing.surroundings import environment, no_address_file, set_environment, sigterm_untouched
 from raylaunch.worker.process_group import FAKE_GPUS
+from raylaunch.worker.processes import rank_of
 
 #: Ray's health checks, made quicker than its defaults (5 s, 3 s, 10 s, 5 times), so that a dead node is declared dead
 #: in some 2 s instead of 15. Real clusters have the defaults: see `fast_health_checks`.
@@ -187,11 +188,11 @@ class LocalCluster:
 
     def kill_worker(self, run: BackgroundRun | str, rank: int) -> None:
         """End a rank's process with SIGKILL."""
-        os.kill(self.member(run, rank).process.pid, signal.SIGKILL)
+        os.kill(rank_of(self.member(run, rank).process), signal.SIGKILL)
 
     def pause_worker(self, run: BackgroundRun | str, rank: int) -> int:
         """Stop a rank's process (SIGSTOP); returns its pid, to be continued with SIGCONT."""
-        pid = self.member(run, rank).process.pid
+        pid = rank_of(self.member(run, rank).process)
         os.kill(pid, signal.SIGSTOP)
         return pid
 

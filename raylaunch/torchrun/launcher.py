@@ -58,7 +58,7 @@ class LaunchConfig(torch_api.LaunchConfig):  # type: ignore[misc] # torch's type
         resources_per_worker: what each worker reserves, by Ray's names; default: one CPU, and one GPU with `use_gpu`.
         label_selector: only nodes with these Ray labels.
         runtime_env: Ray's, for the workers' code and packages.
-        spares: warm processes in reserve on each node, or "auto".
+        spares: warm processes in reserve on each node, or "auto": none, because starting one costs a fork.
         preload: modules that are imported before a worker needs them.
     """
 

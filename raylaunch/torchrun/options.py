@@ -199,7 +199,7 @@ RAY = (
     ),
     Option(("--label-selector",), "only nodes with these labels: LABEL=VALUE,... or JSON", None, metavar="LABELS"),
     Option(("--runtime-env",), "Ray's runtime environment: JSON, or a file of JSON or YAML", None, metavar="ENV"),
-    Option(("--spares",), "warm processes in reserve on each node, or auto", "auto", metavar="N|auto"),
+    Option(("--spares",), "warm processes in reserve on each node, or auto: none", "auto", metavar="N|auto"),
     Option(("--preload",), "modules that are imported once a node, before workers are forked", "torch", metavar="A,B"),
     Option(("--no-preload",), "a plain interpreter for each worker", False, None),
 )

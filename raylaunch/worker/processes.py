@@ -218,6 +218,25 @@ def _forked_from(entry: Path, directory: str) -> Process | None:
     return None
 
 
+def rank_of(worker: Process) -> int:
+    """The pid of a worker's rank: the worker's own, or that of the process that was forked for it."""
+    name = last_words_path("", worker).name
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != worker.pid and _leads_a_session(int(entry.name)):
+            token = f"-{worker.pid}-{worker.started}".encode()
+            with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+                held = {os.path.basename(os.readlink(descriptor)) for descriptor in (entry / "fd").iterdir()}
+                given = [line for line in (entry / "environ").read_bytes().split(b"\0") if line.endswith(token)]
+                if name in held or any(line.startswith(b"RAYLAUNCH_TOKEN=") for line in given):
+                    return int(entry.name)
+    return worker.pid
+
+
+def _leads_a_session(pid: int) -> bool:
+    fields = stat_fields(pid)
+    return bool(fields) and int(fields[SESSION]) == pid
+
+
 def workers_in(directory: str) -> list[Process]:
     """The processes that have a file of last words there, living or not."""
     try:

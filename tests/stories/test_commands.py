@@ -151,9 +151,9 @@ def test_a_traceback_and_a_recorded_error_reach_the_driver(one_node, start_comma
 
 @pytest.mark.parametrize("whom", ["the command", "its worker"])
 def test_a_killed_rank_re_forms_and_finishes(one_node, start_command, script, tmp_path, whom):
-    run = start_command(Command(Entry.SCRIPT, script(STEPS), (str(tmp_path),)), num_workers=2, spares="auto")
+    run = start_command(Command(Entry.SCRIPT, script(STEPS), (str(tmp_path),)), num_workers=2)
     pids = up(tmp_path, 1, 2)
-    members = run.running(1, spares=2).members
+    members = run.running(1).members
     os.kill(pids[1] if whom == "the command" else members[1].process.pid, signal.SIGKILL)
     again = up(tmp_path, 2, 2)
     assert not set(pids) & set(again)
@@ -314,9 +314,9 @@ def test_ctrl_c_asks_the_commands_and_waits_for_them(one_node, tmp_path, script)
 def test_after_a_failure_the_other_ranks_have_their_time_before_the_next_generation_starts(
     one_node, start_command, script, tmp_path
 ):
-    run = start_command(Command(Entry.SCRIPT, script(SAVES), (str(tmp_path),)), num_workers=2, spares="auto")
+    run = start_command(Command(Entry.SCRIPT, script(SAVES), (str(tmp_path),)), num_workers=2)
     pids = up(tmp_path, 1, 2)
-    run.running(1, spares=2)
+    run.running(1)
     os.kill(pids[0], signal.SIGKILL)
     up(tmp_path, 2, 2)
     seen = lambda: [path.read_text() for path in tmp_path.glob("up-2-*")]  # noqa: E731
