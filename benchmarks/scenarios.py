@@ -28,6 +28,7 @@ ARMED_SECONDS = 60.0
 #: How many failures a run may survive for each that is made: some peers need several restarts for one.
 RESTARTS_PER_KILL = 3
 RANKS = 4
+EIGHT = 8
 HELD_RUNS = 4
 IMPORTS = 5
 
@@ -44,6 +45,7 @@ class Peer:
 
 
 COLD = f"{OURS}/no-spares"
+PROCESS, COMMAND = f"{OURS}/process", f"{OURS}/command"
 TORCHRUN, UNSHARED = "torchrun", "torchrun/own-store"
 RAY_TRAIN = "ray-train"
 ACTORS = "bare-actors"
@@ -53,6 +55,8 @@ PEERS = {
     for peer in (
         Peer(OURS, "benchmarks.peers.with_raylaunch", {"spares": "auto"}, kills=6),
         Peer(COLD, "benchmarks.peers.with_raylaunch", {"spares": 0}, kills=3),
+        Peer(PROCESS, "benchmarks.peers.with_raylaunch", {"spares": 0, "isolation": "process"}, kills=6),
+        Peer(COMMAND, "benchmarks.peers.with_raylaunch_command", kills=6),
         Peer(TORCHRUN, "benchmarks.peers.with_torchrun"),
         Peer(UNSHARED, "benchmarks.peers.with_torchrun", environ={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}),
         Peer(
@@ -95,6 +99,29 @@ def start_and_kill(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
             yield Sample("kill", peer.name, number, None, str(failed))
         for seconds in recovered:
             yield Sample("kill", peer.name, number, seconds)
+
+
+def start_eight(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
+    """A run with eight ranks starts."""
+    order = Order(folder, "once", workers=(EIGHT, EIGHT), restarts=0, options=peer.options)
+    with Session(peer.module, order, peer.environ) as session:
+        try:
+            group = session.wait_for_group("the first all-reduce", EIGHT, START_SECONDS)
+            yield Sample("eight", peer.name, number, max(note.at for note in group) - session.read("called"))
+            session.finish(END_SECONDS)
+        except Failed as failed:
+            yield Sample("eight", peer.name, number, None, str(failed))
+
+
+def end_at_once(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
+    """One node of up to two, and a program that ends at once."""
+    order = Order(folder, "none", restarts=0, options={**peer.options, "elastic": True})
+    with Session(peer.module, order, peer.environ) as session:
+        try:
+            session.finish(START_SECONDS)
+            yield Sample("true", peer.name, number, session.read("ended") - session.read("called"))
+        except Failed as failed:
+            yield Sample("true", peer.name, number, None, str(failed))
 
 
 def lose_node(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
@@ -202,6 +229,8 @@ SCENARIOS = {
     "kill": Scenario(start_and_kill, ALL, ("start", "kill", "memory")),
     "held": Scenario(held, (OURS,), ("held",)),
     "digits": Scenario(train_digits, (OURS, TORCHRUN), ("digits",)),
+    "eight": Scenario(start_eight, (COMMAND, PROCESS, TORCHRUN), ("eight",)),
+    "true": Scenario(end_at_once, (COMMAND, TORCHRUN), ("true",), rounds=2),
     "node": Scenario(lose_node, (OURS, TORCHRUN, UNSHARED, RAY_TRAIN), ("node",), rounds=2),
     "pulse": Scenario(pulse, (OURS,), ("pulse",), rounds=1),
 }
@@ -212,7 +241,7 @@ ROWS = (
         "SIGKILL of a rank -> first all-reduce of the new group",
         "s",
         ALL,
-        {OURS: (Goal(0.15),), COLD: (Goal(2.5),)},
+        {OURS: (Goal(0.15),), COLD: (Goal(2.5),), PROCESS: (Goal(0.3),), COMMAND: (Goal(0.3),)},
     ),
     Row(
         "node",
@@ -226,7 +255,25 @@ ROWS = (
         "launch on a running cluster -> first all-reduce",
         "s",
         ALL,
-        {OURS: (Goal(1.4, of=TORCHRUN), Goal(1 / 3, of=RAY_TRAIN))},
+        {
+            OURS: (Goal(1.4, of=TORCHRUN), Goal(1 / 3, of=RAY_TRAIN)),
+            PROCESS: (Goal(0.6, of=TORCHRUN),),
+            COMMAND: (Goal(1.0, of=TORCHRUN),),
+        },
+    ),
+    Row(
+        "eight",
+        "the same with 8 ranks",
+        "s",
+        (COMMAND, PROCESS, TORCHRUN),
+        {COMMAND: (Goal(1 / 1.5, of=TORCHRUN),)},
+    ),
+    Row(
+        "true",
+        "one node of up to two, and `true`: until it has ended",
+        "s",
+        (COMMAND, TORCHRUN),
+        {COMMAND: (Goal(5.0),)},
     ),
     Row("held", "second run of a held launcher -> first all-reduce", "s", (OURS,), {OURS: (Goal(0.15),)}),
     Row(

@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 from benchmarks.peers import Order
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MARK = "RAYLAUNCH_BENCH"
+#: Not one of raylaunch's own variables, which it keeps from what it starts.
+MARK = "BENCHMARK_SESSION"
 #: How often the files are looked at, in seconds. The times are in the files, so this costs no accuracy.
 LOOK_SECONDS = 0.05
 

@@ -1,4 +1,4 @@
-"""raylaunch: `raylaunch.run`, or runs of a held `raylaunch.Launcher`. Options: `spares`, as of `run`; `held`."""
+"""raylaunch: `raylaunch.run`, or runs of a held `raylaunch.Launcher`. Options: `spares`, `isolation`; `held`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,13 @@ def main(folder: str) -> Any:
     if "held" in order.options:
         return held(order)
     spares: Any = order.options["spares"]
+    isolation: str = order.options.get("isolation", "actor")
     with cluster_for(order) as victim:
-        watch = threading.Thread(target=tell_when_armed, args=(order, spares != 0, victim), daemon=True)
-        watch.start()
+        if isolation == "process":  # it has nothing to get ready
+            order.tell("armed", {"victim": victim, "pids": None})
+        else:
+            watch = threading.Thread(target=tell_when_armed, args=(order, spares != 0, victim), daemon=True)
+            watch.start()
         order.tell("called", time.monotonic())
         return raylaunch.run(
             TASKS[order.task],
@@ -38,6 +42,7 @@ def main(folder: str) -> Any:
             num_workers=order.workers if order.workers[0] < order.workers[1] else order.workers[1],
             max_restarts=order.restarts,
             spares=spares,
+            isolation=isolation,
             run_id=RUN_ID,
             log_dir=folder,
         )

@@ -27,6 +27,8 @@ def main(folder: str) -> int:
     if order.nodes == 1:
         order.tell("armed", {"victim": None, "pids": None})
         order.tell("called", time.monotonic())
+        if "elastic" in order.options:
+            return only_ends(order)
         os.execv(sys.executable, [*torchrun, "--standalone", *work])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,6 +40,14 @@ def main(folder: str) -> int:
     order.tell("armed", {"victim": second.pid, "pids": None})
     second.wait()
     return first.wait()
+
+
+def only_ends(order: Order) -> int:
+    """One of up to two nodes, whose program has nothing to do."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    code = subprocess.call([*line, "--rdzv-endpoint=127.0.0.1:0", "--no-python", "true"])
+    order.tell("ended", time.monotonic())
+    return code
 
 
 if __name__ == "__main__":
