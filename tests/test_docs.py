@@ -152,7 +152,7 @@ def test_every_timeout_is_documented_with_its_default() -> None:
 def test_the_map_of_the_code_is_complete() -> None:
     """ARCHITECTURE.md names every module, and no other, in a size that is read."""
     text = text_of(ROOT / "ARCHITECTURE.md")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 170
     _, _, below = text.partition("\n## The code map\n")
     listed, _, _ = below.partition("\n## ")
     named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", listed)) - {"demo.py"}
