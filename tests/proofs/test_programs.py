@@ -16,8 +16,6 @@ pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
 STEPS, SAVED, DEADLY_STEP = 8, 4, 5
 
 forms = pytest.mark.parametrize("form", [AsFunction, AsScript], ids=["function", "script"])
-
-
 #: For each library, what is preloaded for a script, and what a checkpoint looks like that was broken off. Lightning
 #: 2.6 moves a file to its place when it is whole, so there is none.
 LIBRARIES = {
