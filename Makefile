@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
+PROOFS_READY := $(VENV)/.ready-proofs
 
-.PHONY: help demo examples test test-slow test-all core bench bench-quick lint types diagram clean
+.PHONY: help demo examples test test-slow test-all core proofs bench bench-quick lint types diagram clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -23,6 +24,11 @@ $(BENCH_READY): $(READY)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@touch $@
 
+# The libraries that the proofs train with, which the other tests should not pay for.
+$(PROOFS_READY): $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[proofs]"
+	@touch $@
+
 demo: $(READY)  ## training on two local nodes, through a killed worker, a killed node and a new node
 	$(BIN)/python examples/demo.py
 
@@ -31,16 +37,19 @@ examples: $(READY)  ## the small examples
 	$(BIN)/python examples/ddp_digits.py
 
 test: $(READY)  ## the tests, without the slow ones: at most 8 minutes on 2 cores
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not proof"
 
 test-slow: $(READY)  ## the slow ones
 	$(BIN)/pytest -m slow
 
-test-all: $(READY)  ## all tests
+test-all: $(READY)  ## all tests but the proofs
 	$(BIN)/pytest
 
 core: $(READY)  ## only the coordinator's tests: no Ray, no torch, seconds
 	$(BIN)/pytest tests/coordinator -m "not slow"
+
+proofs: $(PROOFS_READY)  ## training with Accelerate, Trainer, Lightning, DeepSpeed, DCP, FSDP2: under 6 minutes on 2 cores
+	$(BIN)/pytest -m proof
 
 bench: $(BENCH_READY)  ## raylaunch beside torchrun, Ray Train and bare actors: under 25 minutes on 2 quiet cores
 	$(BIN)/python -m benchmarks.bench --write

@@ -160,6 +160,31 @@ def test_the_map_of_the_code_is_complete() -> None:
     assert named == modules
 
 
+def test_frameworks_are_shown_as_the_proofs_run_them() -> None:
+    """Each line of code stands in the section's program, in this order, and the versions are those that are pinned."""
+    programs = ROOT / "tests" / "proofs" / "programs"
+    page = DOCS / "frameworks.md"
+    proven = {
+        "Accelerate": "with_accelerate",
+        "Transformers": "with_trainer",
+        "Lightning": "with_lightning",
+        "DeepSpeed": "with_deepspeed",
+        "FSDP2": "with_fsdp2",
+        "torch.distributed.checkpoint": "dcp_state",
+    }
+    sections = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", text_of(page), flags=re.MULTILINE))
+    assert set(sections) == {"What is tested", "Function or script", *proven}
+    for title, program in proven.items():
+        left = iter(text_of(programs / f"{program}.py").splitlines())
+        (code,) = re.findall(r"```python\n(.*?)```", sections[title], flags=re.DOTALL)
+        for line in filter(lambda line: line.strip() not in ("", "...", "# ..."), code.splitlines()):
+            # A signature may be shown without what it returns.
+            assert any(there.startswith(line.removesuffix(":")) for there in left), f"{title}: {line}"
+    pins = text_of(ROOT / "constraints.txt")
+    tested = [version for version, _ in rows(page, "## What is tested").values()]
+    assert [version for version in tested if version.replace(" ", "==") not in pins] == []
+
+
 def test_every_target_of_make_is_documented() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*## ", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
     contributing = text_of(ROOT / "CONTRIBUTING.md")

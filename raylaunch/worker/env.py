@@ -43,7 +43,7 @@ DEFAULT_COPY_ENV: tuple[str, ...] = (
     # threads
     *("OMP_*", "KMP_*", "GOMP_*", "MKL_*", "OPENBLAS_*", "NUMEXPR_*"),
     # frameworks and data
-    *("ACCELERATE_*", "FSDP_*", "DEEPSPEED_*", "PL_*", "HF_*", "HUGGINGFACE_*", "TRANSFORMERS_*", "DATASETS_*"),
+    *("ACCELERATE_*", "FSDP_*", "DEEPSPEED_*", "DS_*", "PL_*", "HF_*", "HUGGINGFACE_*", "TRANSFORMERS_*", "DATASETS_*"),
     *("DIFFUSERS_*", "TOKENIZERS_*", "XFORMERS_*"),
     # experiment trackers, logs, progress bars
     *("WANDB_*", "MLFLOW_*", "COMET_*", "NEPTUNE_*", "CLEARML_*", "LOGLEVEL", "TQDM_*"),

@@ -113,6 +113,7 @@ def test_the_drivers_environment_is_copied_by_pattern_and_never_whole():
         "NCCL_DEBUG": "INFO",
         "TORCH_LOGS": "recompiles",
         "WANDB_API_KEY": "k",
+        "DS_ACCELERATOR": "cpu",
         "CUDA_LAUNCH_BLOCKING": "1",
         "LOGLEVEL": "INFO",
         "PATH": "/bin",
@@ -123,6 +124,7 @@ def test_the_drivers_environment_is_copied_by_pattern_and_never_whole():
         "NCCL_DEBUG",
         "TORCH_LOGS",
         "WANDB_API_KEY",
+        "DS_ACCELERATOR",
         "CUDA_LAUNCH_BLOCKING",
         "LOGLEVEL",
     }
