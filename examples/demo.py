@@ -50,13 +50,12 @@ def main() -> None:
             show.line(f"up: nodes {' and '.join(node.node_id[:8] for node in cluster.nodes)}")
             act_1(stage)
             acts_2_and_3(stage)
-            ray_logs = cluster.nodes[0].get_logs_dir_path()
         show.title("Checked, and so it was:", *stage.held)
         show.title(
             "To look at:",
             f"journals           {folder}/*/journal.jsonl, to be read with `raylaunch replay JOURNAL`",
+            f"the ranks' output  {folder}/*/*/generation_*/*/std*.log",
             f"step logs          {folder}/*/steps.jsonl",
-            f"the workers' logs  {ray_logs}/worker-*",
             f"what Ray printed   {folder}/ray-notices.txt",
         )
 

@@ -75,12 +75,13 @@ def run(
         env: environment variables of the workers.
         copy_env: patterns of the driver's environment variables that the workers get.
         runtime_env: Ray's, for the workers' code and packages.
-        log_dir: where the journal goes, in a folder named by the run id; default: Ray's session log folder.
+        log_dir: where the journal and the ranks' output go, in a folder named by the run id; default: Ray's session log
+            folder. What rank 0 writes is on the driver's console, too.
         run_id: the run's name; default: a random one.
         virtual_local_rank: each worker sees only its own GPU, as number 0, and LOCAL_RANK is 0.
         isolation: "actor": each rank is a Ray actor, and `train_fn` can use Ray. "process": each is a process of its
-            own, forked from one on each node that has imported `preload` once; no Ray inside, exact exit codes, output
-            in files of its own and rank 0's on the driver's console. Quick to start, and to recover without spares.
+            own, forked from one on each node that has imported `preload` once; no Ray inside, exact exit codes. Quick
+            to start, and to recover without spares.
 
     Returns:
         The values by rank, and how the run went.

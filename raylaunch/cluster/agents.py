@@ -54,7 +54,7 @@ class Agents:
     """The agents by node. Lives on the shell's loop."""
 
     def __init__(
-        self, config: WorkerConfig, options: dict[str, Any], died: Callable[[Death], None], console: Console | None
+        self, config: WorkerConfig, options: dict[str, Any], died: Callable[[Death], None], console: Console
     ) -> None:
         self._config = config
         self._options = {**options, "max_concurrency": 1000}
@@ -99,7 +99,7 @@ class Agents:
 
     def show(self, node: str, run_id: str, sources: list[Source]) -> None:
         """Have a node send what these write to the console."""
-        if node not in self._agents or not sources or self._console is None:
+        if node not in self._agents or not sources:
             return
         agent, console = self._agents[node], self._console
         agent.run_id = run_id
@@ -122,8 +122,7 @@ class Agents:
             if agent.output is not None:
                 agent.output.cancel()
         self._writer.shutdown(wait=False, cancel_futures=True)  # a console may never take what it was given
-        if self._console is not None:
-            self._console.close()
+        self._console.close()
 
     def _new(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)

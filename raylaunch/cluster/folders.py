@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from dataclasses import dataclass
 
 import ray
 
@@ -25,6 +27,32 @@ def log_root() -> str:
     return os.path.join(node.get_logs_dir_path() if node is not None else tempfile.gettempdir(), "raylaunch")
 
 
+@dataclass(frozen=True)
+class RankFiles:
+    """Where a rank writes."""
+
+    stdout: str
+    stderr: str
+    #: TORCHELASTIC_ERROR_FILE.
+    error: str
+
+
+def make_rank_folder(root: str, run_id: str, generation: int, rank: int) -> RankFiles:
+    """Make a rank's folder, without what an earlier run of the same name left there. Raises OSError."""
+    folder = rank_folder(root, run_id, generation, rank)
+    os.makedirs(folder, exist_ok=True)
+    files = RankFiles(*(os.path.join(folder, name) for name in ("stdout.log", "stderr.log", "error.json")))
+    for path in (files.stdout, files.stderr, files.error):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    return files
+
+
 def rank_folder(root: str, run_id: str, generation: int, rank: int) -> str:
     """Where a rank's logs are."""
     return os.path.join(root, run_id, f"generation_{generation}", str(rank))
+
+
+def no_logs(root: str, error: OSError) -> str:
+    """That logs can't be written there, as the end of a sentence."""
+    return f"the ranks' logs can't be written below {root}: {error.strerror}"

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from raylaunch.cluster.faults import SeatLostError
-from raylaunch.cluster.folders import log_root, rank_folder
+from raylaunch.cluster.folders import log_root, make_rank_folder, no_logs
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
 from raylaunch.cluster.worker_words import Hello, Warm, memory_available, versions
 from raylaunch.command import Command, Entry
@@ -81,17 +81,12 @@ class ForkedSeat:
         `call`: where the function lies, if it is one.
         """
         config = self._config
-        folder = rank_folder(config.log_dir or log_root(), run.run_id, assignment.generation, assignment.rank)
-        stdout, stderr, self._error_file = (
-            os.path.join(folder, name) for name in ("stdout.log", "stderr.log", "error.json")
-        )
+        root = config.log_dir or log_root()
         try:
-            os.makedirs(folder, exist_ok=True)
-            for path in (stdout, stderr, self._error_file):  # of an earlier run of the same name
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            files = make_rank_folder(root, run.run_id, assignment.generation, assignment.rank)
         except OSError as error:
-            return self._cannot_work(f"its logs can't be written to {folder}: {error.strerror}")
+            return self._cannot_work(no_logs(root, error))
+        self._error_file = files.error
         order = Order(
             generation=assignment.generation,
             entry=Entry.FUNCTION,
@@ -99,8 +94,8 @@ class ForkedSeat:
             args=(),
             cwd=os.getcwd(),
             env=self._env(assignment, run),
-            stdout=stdout,
-            stderr=stderr,
+            stdout=files.stdout,
+            stderr=files.stderr,
             fresh_interpreter=False,
             mark=str(last_words_path(self._directory, self._process)),
         )

@@ -7,6 +7,7 @@ import gc
 import importlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ import ray
 import ray.cloudpickle
 import ray.exceptions
 
-from raylaunch.cluster.folders import last_words_directory
+from raylaunch.cluster.folders import RankFiles, log_root, make_rank_folder, no_logs
 from raylaunch.cluster.shipping import unpack
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
 from raylaunch.context import Context, enter_context
@@ -93,12 +94,19 @@ class FunctionPayload:
     def join(self, assignment: Assignment, run: RunConfig) -> Ending | None:
         """Become a rank: environment, device, function, process group. None, or how it failed."""
         config = self._config
+        root = config.log_dir or log_root()
+        try:
+            files = make_rank_folder(root, run.run_id, assignment.generation, assignment.rank)
+            _redirect(files)
+        except OSError as error:
+            where = f"on {socket.gethostname()} ({self._host})"
+            return Ending(EndKind.CANNOT_WORK, message=f"{where}: {no_logs(root, error)}", fatal=True)
         os.environ.update(
             worker_env.rank_env(
                 assignment,
                 run_id=run.run_id,
                 max_restarts=run.max_restarts,
-                error_file=os.path.join(last_words_directory(config.name), f"error-{os.getpid()}.json"),
+                error_file=files.error,
                 virtual_local_rank=config.virtual_local_rank,
                 use_gpu=config.use_gpu,
             )
@@ -181,6 +189,15 @@ class FunctionPayload:
             master_port=assignment.master_port,
             _ask=lambda: _is_current(config.coordinator, assignment.generation, config.lease),
         )
+
+
+def _redirect(files: RankFiles) -> None:
+    """From here on what this process writes, by whatever means, is in the rank's files."""
+    for stream, path in ((sys.stdout, files.stdout), (sys.stderr, files.stderr)):
+        stream.flush()
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(opened, stream.fileno())
+        os.close(opened)
 
 
 def _be_nice() -> None:

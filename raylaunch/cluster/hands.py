@@ -59,7 +59,7 @@ class Hands:
         config: WorkerConfig,
         runtime_env: Any,
         post: Callable[[e.Event], None],
-        console: Console | None,
+        console: Console,
     ) -> None:
         self._spec = spec
         self._config = config
@@ -268,7 +268,7 @@ class Hands:
             if failed is not None:
                 return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, failed))
             self._post(e.WorkerJoined(time.monotonic(), hand.number, generation))
-            if self._console is not None and self.run is not None:
+            if self.run is not None:
                 self._agents.show(hand.node, self.run.run_id, self._console.sources(assignment))
             ending: Ending | None = await outcome
         except Exception as error:

@@ -94,7 +94,7 @@ class Job:
 
 
 def launch(spec: RunSpec, setup: Setup, job: Job, logs: Logs | None = None) -> RunResult:
-    """Carry a single run out. See `raylaunch.run` for what it raises. `logs`: of ranks that are processes."""
+    """Carry a single run out. See `raylaunch.run` for what it raises."""
     setup.check()
     packed = job.pack()
     with Session(spec, setup, held=False, logs=logs) as session:
@@ -160,8 +160,9 @@ class Session:
             process_group_seconds=spec.timeouts.process_group,
             stop_seconds=spec.timeouts.stop,
             log_dir="" if setup.log_dir is None else os.path.abspath(setup.log_dir),
+            forked=forked,
+            logs=logs or Logs(),
             command=command,
-            logs=(logs or Logs()) if forked else None,
         )
         self._forked = forked
         journal = Journal(os.path.join(setup.log_dir or log_root(), spec.run_id), spec.run_id)

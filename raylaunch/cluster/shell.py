@@ -62,10 +62,8 @@ class Shell:
         self._held = held
         self._journal = journal
         self._coordinator = coordinator
-        console = None
-        if config.logs is not None:
-            role = "default" if config.command is None else config.command.role
-            console = Console(role, config.logs, os.path.dirname(journal.path))
+        role = "default" if config.command is None else config.command.role
+        console = Console(role, config.logs, os.path.dirname(journal.path))
         self._hands = hands = Hands(spec, config, runtime_env, self.post, console)
         self._carry_out: dict[type[do.Command], Callable[[Any], None]] = {
             do.RequestBundles: hands.request_bundles,

@@ -152,25 +152,6 @@ def test_an_exception_is_the_users_own_and_its_traceback_begins_with_the_users_c
     assert "DataError: no euros in prices" in stderr
 
 
-def test_output_is_captured_below_python_and_rank_0s_is_on_the_console(one_node, start, capfdbinary):
-    def train():
-        rank = dist.get_rank()
-        print("python", rank)
-        os.write(1, b"descriptor %d\n" % rank)
-        os.system(f"echo shell {rank} 1>&2")
-
-    run = start(train, num_workers=2, isolation="process")
-    run.result()
-    for rank in range(2):
-        folder = run.journal.parent / "generation_1" / str(rank)
-        assert (folder / "stdout.log").read_text() == f"python {rank}\ndescriptor {rank}\n"
-        assert (folder / "stderr.log").read_text() == f"shell {rank}\n"
-    seen = capfdbinary.readouterr()
-    assert b"python 0\ndescriptor 0\n" in seen.out
-    assert b"python 1" not in seen.out + seen.err
-    assert b"shell 0\n" in seen.err
-
-
 def test_what_can_not_be_sent_is_said(one_node, start):
     error = start(lambda: (x for x in ()), num_workers=1, isolation="process").error()
     assert "return value can't be sent to the driver" in str(error)
