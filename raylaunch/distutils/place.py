@@ -80,7 +80,7 @@ def _world_size(config: Config, said: str | None) -> int:
         return 1 if config.world_size is None else config.world_size
     if config.world_size not in (None, int(said)):
         raise ConfigError(
-            f"config field world_size={config.world_size}: the launcher has started {said} ranks; None takes what it says"
+            f"config field world_size={config.world_size}: the launcher has started {said} ranks; None takes its word"
         )
     return int(said)
 

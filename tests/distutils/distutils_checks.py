@@ -1,7 +1,7 @@
 """What must hold of raylaunch.distutils at every world size, under every launcher: a table of checks.
 
-Every rank calls `run_checks` with the rank and the world size that its launcher has given it, so all ranks make the same
-calls in the same order. A check that fails on one rank ends the table there: what follows would wait for that rank.
+Every rank calls `run_checks` with the rank and the world size that its launcher has given it, so all ranks make the
+same calls in the same order. A check that fails on one rank ends the table there: what follows would wait for that rank.
 """
 
 from __future__ import annotations
@@ -124,7 +124,12 @@ def averages_of_integers_are_floats_at_every_size(me: Me) -> None:
 
 
 def numbers_give_numbers(me: Me) -> None:
-    for data, total in ((me.rank + 1, me.total), (0.1, 0.1 * me.size), (1j, 1j * me.size), (np.float32(2), 2.0 * me.size)):
+    for data, total in (
+        (me.rank + 1, me.total),
+        (0.1, 0.1 * me.size),
+        (1j, 1j * me.size),
+        (np.float32(2), 2.0 * me.size),
+    ):
         result = distutils.all_reduce(data)
         assert (type(result), abs(result - total) < 1e-12) == (type(total), True), (data, result)
 

@@ -26,7 +26,8 @@ CONFIG = {"submit": False, "world_size": None, "cpu": True, "distributed_backend
 
 def alone(_rank: int, _size: int, _folder: Path) -> dict[str, Any]:
     """One process, no launcher, no group."""
-    return {"checks": run_checks(0, 1)}
+    modules = sorted({"torch", "ray", "raylaunch.cluster", "raylaunch.distutils"} & sys.modules.keys())
+    return {"checks": run_checks(0, 1), "modules": modules}
 
 
 def by_file(rank: int, size: int, folder: Path) -> dict[str, Any]:
