@@ -1,7 +1,7 @@
 """What must hold of raylaunch.distutils at every world size, under every launcher: a table of checks.
 
 Every rank calls `run_checks` with the rank and the world size that its launcher has given it, so all ranks make the
-same calls in the same order. A check that fails on one rank ends the table there: what follows would wait for that rank.
+same calls in the same order. A check that fails on one rank ends the table there: what follows would wait for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,7 +165,7 @@ def what_is_not_contiguous_is_summed_in_place(me: Me) -> None:
 
 
 def what_is_still_to_be_conjugated_is_sent_as_it_reads(me: Me) -> None:
-    for lazy in (lambda data: data.conj(), lambda data: data.conj().imag):
+    for lazy in (lambda data: data.conj(), lambda data: data.conj().imag, lambda data: data[1:].conj().imag):
         data = torch.tensor([1j * me.rank, 1 + 1j])
         seen = lazy(torch.tensor([1j * me.rank, 1 + 1j])).clone()
         gathered = distutils.all_gather(lazy(data))
@@ -348,7 +349,10 @@ def subgroups_are_sized_by_the_group(me: Me) -> None:
     for ranks in ([me.size - 1], list(range(0, me.size, 2)), list(range(1, me.size, 2)), list(range(me.size))):
         if not ranks:
             continue
-        group, other = dist.new_group(ranks), [rank for rank in range(me.size) if rank not in ranks]
+        group, other = (
+            dist.new_group(ranks, timeout=timedelta(seconds=30)),
+            [rank for rank in range(me.size) if rank not in ranks],
+        )
         if me.rank in other:
             for call in (
                 lambda: distutils.all_reduce(torch.ones(1), group=group),  # noqa: B023

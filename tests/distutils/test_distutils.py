@@ -28,7 +28,8 @@ def run_python(*arguments: str) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CURRRENT_DEVICE"):
         environment.pop(name, None)
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
@@ -67,9 +68,15 @@ def test_nothing_here_imports_ray(played):
     assert report["modules"] == ["raylaunch.distutils", "torch"]
 
 
-def test_every_check_holds_under_torchrun(tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run_python(*torchrun, str(GANG), str(tmp_path), "torchrun")
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.run --standalone --nproc-per-node=2",
+        pytest.param("raylaunch run --standalone --nproc-per-node=2 --spares=0", marks=pytest.mark.slow),
+    ],
+)
+def test_every_check_holds_in_a_script(tmp_path, launcher):
+    run_python("-m", *launcher.split(), str(GANG), str(tmp_path), "torchrun")
     found = reports(tmp_path, "torchrun", 2)
     assert_all_hold([report["checks"] for report in found])
     assert [report["timeout"] for report in found] == [30.0, 30.0]  # half a minute was asked for
