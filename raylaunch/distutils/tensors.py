@@ -74,7 +74,8 @@ def all_reduce(
         data: a tensor, a number, or what numpy makes an array of; of the same shape and dtype on all ranks. bools are
             added up to whether any is True; small integers wrap around as in torch.
         group: the ranks that take part, by whose number an average is divided.
-        average: divide the sum by the number of ranks. Integers and bools give floats, of torch's default dtype.
+        average: divide the sum by the number of ranks. Integers and bools give floats: tensors those of torch's default
+            dtype, the others float64.
         device: where the collective takes place, if not where `data` is: NCCL wants a GPU.
 
     Returns:
