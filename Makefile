@@ -35,6 +35,10 @@ demo: $(READY)  ## training on two local nodes, through a killed worker, a kille
 examples: $(READY)  ## the small examples
 	$(BIN)/python examples/hello_ranks.py
 	$(BIN)/python examples/ddp_digits.py
+	$(BIN)/python examples/distutils_digits.py
+	$(BIN)/python examples/torchrun_api.py
+	folder=$$(mktemp -d) && $(BIN)/raylaunch run --standalone --nproc-per-node=2 --max-restarts=3 \
+		examples/torchrun_digits.py $$folder/digits.pt && rm -r $$folder
 
 test: $(READY)  ## the tests, without the slow ones: at most 8 minutes on 2 cores
 	$(BIN)/pytest -m "not slow and not proof"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import importlib.util
@@ -55,6 +56,25 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_python_in_the_pages_compiles(path: Path) -> None:
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text_of(path), flags=re.DOTALL), 1):
         compile(code, f"{path.name}, block {number}", "exec")
+
+
+@page
+def test_calls_in_the_pages_have_arguments_that_exist(path: Path) -> None:
+    """In blocks of Python and in single lines of it: the keywords of `raylaunch.run` and its like."""
+    ours = {
+        "raylaunch.run": raylaunch.run,
+        "raylaunch.Launcher": raylaunch.Launcher,
+        "raylaunch.Timeouts": raylaunch.Timeouts,
+        "launcher.run": raylaunch.Launcher.run,
+        "launcher.submit": raylaunch.Launcher.submit,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", text_of(path), flags=re.DOTALL)
+    lines = re.findall(r"`((?:raylaunch|launcher)\.\w+\(.*?\))`", text_of(path))
+    for code in blocks + lines:
+        for call in ast.walk(ast.parse(code)):
+            if isinstance(call, ast.Call) and (function := ours.get(ast.unparse(call.func))):
+                unknown = {word.arg for word in call.keywords} - {None, *inspect.signature(function).parameters}
+                assert not unknown, code
 
 
 def test_the_readme_shows_the_example() -> None:
