@@ -79,7 +79,10 @@ class Followers:
         self._followers[source] = Follower(path, whole_lines=source.prefix is not None, offset=offset)
 
     def read(self, *, ended: bool) -> Output:
-        """What is new, oldest generation first; at most a batch. `ended`: nobody writes any more."""
+        """What is new, oldest generation first; at most a batch.
+
+        `ended`: nobody writes any more; the files are closed when there is nothing new, so that a disk can be unmounted.
+        """
         output: Output = []
         size = 0
         for source in sorted(self._followers, key=lambda source: (source.generation, source.rank, source.stream)):
@@ -91,6 +94,9 @@ class Followers:
                 break
             if source.generation < self._newest - 1:
                 self._followers.pop(source).close()
+        if ended and not output:
+            for follower in self._followers.values():
+                follower.close()
         return output
 
 
