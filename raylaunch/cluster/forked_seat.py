@@ -28,7 +28,7 @@ from raylaunch.errors import Ending, EndKind
 from raylaunch.worker import env as worker_env
 from raylaunch.worker.account import account_of
 from raylaunch.worker.forked import Order
-from raylaunch.worker.forker_client import ForkerClient, ForkerError
+from raylaunch.worker.forker_client import ForkerClient, ForkerError, ForkerGoneError, connect_with_store
 from raylaunch.worker.function_rank import FunctionCall, Outcome, Value
 from raylaunch.worker.numa import NoBinding, cpus_for
 from raylaunch.worker.processes import last_words_path, own_memory, token_of
@@ -57,11 +57,9 @@ class ForkedSeat:
     def hello(self) -> Hello | Ending:
         """Have the store opened; which process it is that holds it."""
         try:
-            self._client = ForkerClient(self._directory, FORKER_SECONDS)
-        except ForkerError as error:
+            self._client, self._process, self._port = connect_with_store(self._directory, FORKER_SECONDS, self._host)
+        except ForkerGoneError as error:
             return Ending(EndKind.TIMED_OUT, message=str(error))
-        try:
-            self._process, self._port = self._client.open_store(self._host)
         except ForkerError as error:
             return Ending(EndKind.CANNOT_WORK, message=str(error), fatal=True)
         # By this file forks of its rank are found, and it is the place for its last words.

@@ -1,6 +1,6 @@
 """The forker: a plain process on each node of a run of commands. It has imported torch once, and forks the ranks.
 
-N ranks on a node then cost one import. It has no Ray, no threads and no CUDA, so that forks of it are clean. The
+N ranks on a node then cost one import. It has no Ray, no CUDA, and no threads when it forks: forks are clean. The
 node's agent starts it (`forker_keeper.py`), and talks to it over a socket in the run's directory there: one connection
 for each worker, with one message a line, as JSON (`forker_client.py` is its side):
 
@@ -34,8 +34,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from raylaunch.command import Entry
 from raylaunch.worker.forked import Order, become
 from raylaunch.worker.forker_keeper import SOCKET, Settings
+from raylaunch.worker.later_import import LaterImport
 from raylaunch.worker.process_group import open_store
 from raylaunch.worker.processes import Watch, sign_in, start_time
 from raylaunch.worker.sessions import Session, Sessions
@@ -87,6 +89,7 @@ class Forker:
         self._raylet = Watch(settings.raylet)
         self._listener = listener
         self._failed = ""
+        self._later = LaterImport()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._selector.register(0, selectors.EVENT_READ, self._agent_gone)
         if self._raylet.fileno() >= 0:
@@ -112,7 +115,7 @@ class Forker:
         """Serve until nobody is left. Returns None then; and in each fork, what that is to do."""
         try:
             while self._agent_lives or self._clients or self._sessions:
-                for key, _ in self._selector.select(self._sessions.go_on()):
+                for key, _ in self._selector.select(self._go_on()):
                     if self._selector.get_map().get(key.fd) is key:  # not gone by what came before it
                         key.data()
         except _Forked as forked:
@@ -120,6 +123,10 @@ class Forker:
         else:
             return None
         return job  # outside of the except clause: the command's own exceptions have no context
+
+    def _go_on(self) -> float | None:
+        """Do what is due; in how many seconds the next thing will be, at the latest (None: nothing is planned)."""
+        return min((left for left in (self._sessions.go_on(), self._later.go_on()) if left is not None), default=None)
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -228,6 +235,8 @@ class Forker:
 
     def _start(self, client: Client, order: Order) -> None:
         pid = self._fork(lambda: become(order))
+        if not order.fresh_interpreter and order.entry is not Entry.PROGRAM:
+            self._later.rank_started()
         client.session = self._sessions.add(pid, order.generation, lambda how: self._tell(client, how))
         self._tell(client, {"pid": pid, "started": start_time(pid)})
 
@@ -235,6 +244,7 @@ class Forker:
 
     def _fork(self, job: Callable[[], None]) -> int:
         """The fork's pid. In the fork it doesn't return: the stack is left, nothing of the forker's stays open."""
+        self._later.finish()
         with warnings.catch_warnings():
             # Python 3.12 warns of threads that a preloaded library has started, such as OpenBLAS's, which know forks.
             warnings.simplefilter("ignore", DeprecationWarning)

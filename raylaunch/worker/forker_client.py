@@ -28,6 +28,27 @@ class ForkerError(RaylaunchError):
     """The forker isn't there, or can't do what it was asked for."""
 
 
+class ForkerGoneError(ForkerError):
+    """There is no forker; or the connection has ended, because it has, or what stood for the worker."""
+
+
+def connect_with_store(directory: str, seconds: float, host: str) -> tuple[ForkerClient, Process, int]:
+    """A connection to the forker whose run has this directory, and what `open_store` says.
+
+    The forker may just be starting, or be one that is just ending, before another comes. Raises `ForkerError`.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        client = ForkerClient(directory, until - time.monotonic())
+        try:
+            return client, *client.open_store(host)
+        except ForkerGoneError:
+            client.close()
+            if time.monotonic() > until:
+                raise
+            time.sleep(_LOOK_SECONDS)
+
+
 class ForkerClient:
     """One connection. Its calls come in order, from one thread; `stop` may come at any time."""
 
@@ -82,6 +103,8 @@ class ForkerClient:
 
     def _answer(self) -> dict[str, Any]:
         answer = self._answers.get()
+        if "gone" in answer:
+            raise ForkerGoneError(answer["gone"])
         if "failed" in answer:
             raise ForkerError(answer["failed"])
         return answer
@@ -94,7 +117,7 @@ class ForkerClient:
         with contextlib.suppress(OSError), self._connection.makefile("rb") as lines:
             for line in lines:
                 self._answers.put(json.loads(line))
-        self._answers.put({"failed": "the connection to the process that forks this node's ranks has ended"})
+        self._answers.put({"gone": "the connection to the process that forks this node's ranks has ended"})
 
 
 def _connect(directory: str, seconds: float) -> socket.socket:
@@ -112,5 +135,5 @@ def _connect(directory: str, seconds: float) -> socket.socket:
             return connection
         if time.monotonic() > until:
             connection.close()
-            raise ForkerError(f"the process that forks a node's ranks did not come within {seconds:g} s")
+            raise ForkerGoneError(f"the process that forks a node's ranks did not come within {seconds:g} s")
         time.sleep(_LOOK_SECONDS)

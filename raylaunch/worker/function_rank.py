@@ -7,6 +7,7 @@ node's agent (`Outcome`). No Ray in here: what cloudpickle pickled is loaded by 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -132,7 +133,7 @@ def _outcome(call: FunctionCall, payload: str) -> Outcome:
 
 
 def _joined(call: FunctionCall, payload: str) -> tuple[Any, NoRetry]:
-    function, no_retry = load(Path(payload).read_bytes())
+    function, no_retry = load(Path(payload).read_bytes(), lambda data: _Unpickler(io.BytesIO(data)).load())
     process_group.join(
         call.assignment,
         backend=call.backend,
@@ -141,6 +142,13 @@ def _joined(call: FunctionCall, payload: str) -> tuple[Any, NoRetry]:
         timeout=call.process_group_seconds,
     )
     return function, no_retry
+
+
+class _Unpickler(pickle.Unpickler):
+    """It finds cloudpickle without importing the package around it, as pickle's own import would (Python 3.10 to 3.13)."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return getattr(cloudpickle(), name) if module == _CLOUDPICKLE else super().find_class(module, name)
 
 
 def cloudpickle() -> types.ModuleType:

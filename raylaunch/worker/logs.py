@@ -81,7 +81,7 @@ class Followers:
     def read(self, *, ended: bool) -> Output:
         """What is new, oldest generation first; at most a batch.
 
-        `ended`: nobody writes any more; the files are closed when there is nothing new, so that a disk can be unmounted.
+        `ended`: nobody writes any more; the files are closed when all is read, so that their disk can be unmounted.
         """
         output: Output = []
         size = 0

@@ -19,7 +19,7 @@ from raylaunch.command import Entry
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.forked import Order
-from raylaunch.worker.forker_client import ForkerClient, ForkerError
+from raylaunch.worker.forker_client import ForkerClient, ForkerError, connect_with_store
 from raylaunch.worker.forker_keeper import ForkerKeeper, Settings, start_forker
 from raylaunch.worker.processes import Watch, end_process, start_time, strays
 from raylaunch.worker.sessions import is_in_session_of
@@ -417,8 +417,8 @@ def test_a_keeper_starts_a_new_forker_when_one_has_died(tmp_path, python):
     os.kill(keeper._forker.pid, signal.SIGKILL)
     with pytest.raises(ForkerError, match="has ended"):
         first.wait(), first.wait()  # the rank's end may have been told before
-    eventually(keeper.lives, "there is another", SECONDS)
-    second = node.client()
+    second, _, _ = connect_with_store(str(node.directory), SECONDS, "127.0.0.1")  # the first may still be dying
+    assert keeper.lives()
     assert second.start(node.order("")) > 0
     second.wait()
     for client in (first, second):
@@ -515,3 +515,20 @@ def test_a_new_forker_starts_no_rank_before_those_of_the_old_one_are_gone(tmp_pa
         assert not Path(f"/proc/{deaf}/exe").exists()
     finally:
         new.close()
+
+
+def test_the_ranks_of_later_generations_find_imported_what_ddp_imports(tmp_path, python):
+    node = Node(tmp_path, python, preload=("torch",))
+    look = "import sys; print('up', 'torch._dynamo' in sys.modules); import time; time.sleep(1000 * int(sys.argv[1]))"
+    try:
+        client, _, first = node.start(look, "1")
+        assert Path(first.stdout).read_text() == "up False\n"
+        tasks = Path(f"/proc/{node.forker.pid}/task")
+        usual = len(list(tasks.iterdir()))
+        eventually(lambda: len(list(tasks.iterdir())) > usual, "it imports", SECONDS)
+        _, out, _ = node.run(look, "0")
+        assert out == "up True\n"
+        assert len(list(tasks.iterdir())) == usual
+        client.close()
+    finally:
+        node.close()
