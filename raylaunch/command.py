@@ -1,4 +1,4 @@
-"""What a run runs when it isn't a function: a command, as under torchrun; and where its ranks' output goes.
+"""What a run's ranks are when they are processes of their own: a command, as under torchrun; where ranks' output goes.
 
 Plain, frozen data: made by the command line and the launcher API, carried out by `cluster/` and `worker/`. Imports
 nothing but the standard library.
@@ -18,7 +18,7 @@ class Entry(str, enum.Enum):
     MODULE = "module"  # `python -u -m target args`
     PROGRAM = "program"  # any program: `target args`, found by PATH
     RUN_PATH = "run_path"  # a Python file by runpy.run_path: sys.path stays as it is (torchrun's --run-path)
-    FUNCTION = "function"  # no command: a pickled function (`isolation="process"`)
+    FUNCTION = "function"  # a pickled function (`isolation="process"`); the target is its name
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,9 @@ class ForkedSeat:
     """One worker, from the store that its generation may use to how its rank ended."""
 
     def __init__(self, config: WorkerConfig, directory: str) -> None:
+        assert config.command is not None, "ranks are forked"
         self._config = config
+        self._command = config.command
         self._directory = directory
         self._node = ray.get_runtime_context().get_node_id()
         self._host = ray.util.get_node_ip_address()
@@ -85,23 +87,31 @@ class ForkedSeat:
         except OSError as error:
             return self._cannot_work(no_logs(root, error))
         self._error_file = files.error
-        order = Order(
+        cwd = self._command.cwd if os.path.isdir(self._command.cwd) else os.getcwd()
+        env = self._env(assignment, run)
+        missing = _missing(self._command, cwd, env)
+        if missing:
+            return self._cannot_work(missing)
+        target, args = self._command.target, self._command.args
+        if self._command.entry is Entry.FUNCTION:
+            self._outcome_file = os.path.join(self._directory, f"outcome-{self._process.pid}.pickle")
+            target, args = call, (self._call(assignment),)
+        else:
+            args = tuple(string.Template(arg).safe_substitute(local_rank=env["LOCAL_RANK"]) for arg in args)
+        self._order = Order(
             generation=assignment.generation,
-            entry=Entry.FUNCTION,
-            target="",
-            args=(),
-            cwd=os.getcwd(),
-            env=self._env(assignment, run),
+            entry=self._command.entry,
+            target=target,
+            args=args,
+            cwd=cwd,
+            env=env,
             stdout=files.stdout,
             stderr=files.stderr,
-            fresh_interpreter=False,
+            fresh_interpreter=self._command.fresh_interpreter,
             mark=str(last_words_path(self._directory, self._process)),
+            cpus=self._cpus(assignment, files.stderr),
         )
-        if config.command is None:
-            self._outcome_file = os.path.join(self._directory, f"outcome-{self._process.pid}.pickle")
-            self._order = replace(order, target=call, args=(self._call(assignment),))
-            return None
-        return self._join_command(config.command, assignment, order)
+        return None
 
     def run(self) -> tuple[Ending, bytes | None]:
         """Run it, and wait for its end; how it was, and the pickled exception of a function, if there is one.
@@ -153,7 +163,7 @@ class ForkedSeat:
                 error_file=self._error_file,
                 virtual_local_rank=config.virtual_local_rank,
                 use_gpu=config.use_gpu,
-                role="default" if config.command is None else config.command.role,
+                role=self._command.role,
                 agent_store=True,
             )
         )
@@ -171,31 +181,17 @@ class ForkedSeat:
             outcome=self._outcome_file,
         ).to_json()
 
-    def _join_command(self, command: Command, assignment: Assignment, order: Order) -> Ending | None:
-        cwd = command.cwd if os.path.isdir(command.cwd) else order.cwd
-        missing = _missing(command, cwd, order.env)
-        if missing:
-            return self._cannot_work(missing)
-        cpus: tuple[int, ...] = ()
-        if command.numa_binding:
-            try:
-                cpus = _cpus(command.numa_binding, assignment, use_gpu=self._config.use_gpu)
-            except NoBinding as why:
-                with open(order.stderr, "a", encoding="utf-8") as file:
-                    file.write(
-                        f"raylaunch: no NUMA binding ({command.numa_binding}) on {socket.gethostname()}: {why}\n"
-                    )
-        local_rank = order.env["LOCAL_RANK"]
-        self._order = replace(
-            order,
-            entry=command.entry,
-            target=command.target,
-            args=tuple(string.Template(arg).safe_substitute(local_rank=local_rank) for arg in command.args),
-            cwd=cwd,
-            fresh_interpreter=command.fresh_interpreter,
-            cpus=cpus,
-        )
-        return None
+    def _cpus(self, assignment: Assignment, stderr: str) -> tuple[int, ...]:
+        """What the rank is bound to; none if that can't be, which it is told."""
+        if not self._command.numa_binding:
+            return ()
+        try:
+            return _cpus(self._command.numa_binding, assignment, use_gpu=self._config.use_gpu)
+        except NoBinding as why:
+            where = f"({self._command.numa_binding}) on {socket.gethostname()}"
+            with open(stderr, "a", encoding="utf-8") as file:
+                file.write(f"raylaunch: no NUMA binding {where}: {why}\n")
+            return ()
 
     def _cannot_work(self, reason: str) -> Ending:
         where = f"on {socket.gethostname()} ({self._host})"

@@ -28,7 +28,7 @@ from raylaunch.cluster.shell import Shell
 from raylaunch.cluster.shipping import Packed, pack
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
 from raylaunch.cluster.worker_words import versions
-from raylaunch.command import Command, Logs
+from raylaunch.command import Command, Entry, Logs
 from raylaunch.errors import ConfigError
 from raylaunch.journal import Journal
 from raylaunch.result import RunResult
@@ -93,11 +93,16 @@ class Job:
         return pack(self.train_fn, self.args, self.kwargs, tuple(self.no_retry))
 
 
-def launch(spec: RunSpec, setup: Setup, job: Job, logs: Logs | None = None) -> RunResult:
-    """Carry a single run out. See `raylaunch.run` for what it raises."""
+def launch(
+    spec: RunSpec, setup: Setup, job: Job, *, command: Command | None = None, logs: Logs | None = None
+) -> RunResult:
+    """Carry a single run out. See `raylaunch.run` for what it raises.
+
+    `command`: of `Entry.FUNCTION`, where the function's processes have properties of a command's.
+    """
     setup.check()
     packed = job.pack()
-    with Session(spec, setup, held=False, logs=logs) as session:
+    with Session(spec, setup, held=False, command=command, logs=logs) as session:
         return session.result(session.request(packed, spec.run_id, spec.max_restarts))
 
 
@@ -135,8 +140,9 @@ class Session:
     ) -> None:
         connect()
         check_with_ray(spec, setup)
-        forked = command is not None or setup.isolation == "process"
-        if forked and spec.spares < 0:
+        if command is None and setup.isolation == "process":
+            command = Command(Entry.FUNCTION, "")
+        if command is not None and spec.spares < 0:
             spec = replace(spec, spares=0)  # a seat costs a fork: nothing is gained by having it before
         self._spec = spec = replace(spec, versions=versions())
         in_ray_worker = ray.get_runtime_context().worker.mode == ray.WORKER_MODE
@@ -160,11 +166,10 @@ class Session:
             process_group_seconds=spec.timeouts.process_group,
             stop_seconds=spec.timeouts.stop,
             log_dir="" if setup.log_dir is None else os.path.abspath(setup.log_dir),
-            forked=forked,
             logs=logs or Logs(),
             command=command,
         )
-        self._forked = forked
+        self._forked = config.forked
         journal = Journal(os.path.join(setup.log_dir or log_root(), spec.run_id), spec.run_id)
         logger.info("%s %s: journal %s", "launcher" if held else "run", spec.run_id, journal.path)
         self._journal = journal.path

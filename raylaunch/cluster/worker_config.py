@@ -34,12 +34,15 @@ class WorkerConfig:
     stop_seconds: float
     #: Where logs go on each node; "": into Ray's session log folder there.
     log_dir: str
-    #: Whether the ranks are processes of their own, with their seats in their node's agent; else workers are actors.
-    forked: bool
     #: What of the ranks' output the console shows.
     logs: Logs
-    #: What runs, where it isn't a function.
-    command: Command | None = None
+    #: What ranks are that are processes of their own, with their seats in their node's agent. None: workers are actors.
+    command: Command | None
+
+    @property
+    def forked(self) -> bool:
+        """Whether the ranks are processes of their own."""
+        return self.command is not None
 
     def command_env(self, environ: Mapping[str, str], host: str) -> dict[str, str]:
         """The environment of a command on a node, made of that of Ray's processes there, before it has a rank."""

@@ -67,7 +67,7 @@ def _is_python(path: str, cwd: str) -> bool:
 def command_for(entrypoint: Entrypoint, args: Sequence[Any]) -> Command:
     """What is run for an entrypoint of the launcher API, and what the messages call it. Raises `ConfigError`."""
     if callable(entrypoint):
-        return Command(Entry.PROGRAM, getattr(entrypoint, "__qualname__", type(entrypoint).__qualname__))
+        return Command(Entry.FUNCTION, getattr(entrypoint, "__qualname__", type(entrypoint).__qualname__))
     if not isinstance(entrypoint, str) or not entrypoint:
         raise ConfigError(f"entrypoint={entrypoint!r}: must be a function, or the name of a program")
     texts = tuple(str(arg) for arg in args)

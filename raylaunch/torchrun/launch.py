@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raylaunch.result import RunResult
@@ -88,8 +87,8 @@ def run_function(asked: Plan, function: Callable[..., Any], args: Sequence[Any],
     from raylaunch.cluster.session import Job
     from raylaunch.cluster.session import launch as launch_function
 
-    setup = replace(_setup(asked), isolation="process")
-    return launch_function(spec, setup, Job(function, tuple(args), None, ()), asked.logs)
+    job = Job(function, tuple(args), None, ())
+    return launch_function(spec, _setup(asked), job, command=asked.command, logs=asked.logs)
 
 
 def _setup(asked: Plan) -> Setup:

@@ -44,8 +44,6 @@ __all__ = [
 
 logger = logging.getLogger("raylaunch")
 
-UNBOUND = "numa_options: workers that run a function are not bound to CPUs; those of a command are"
-
 
 @dataclass
 class LaunchConfig(torch_api.LaunchConfig):  # type: ignore[misc] # torch's types are not followed
@@ -169,9 +167,6 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         log_dir=log_dir_of(config.logs_specs),
         signals=signals_for(config.signals_to_handle),
         event_log_handler=config.event_log_handler,
-        notes=("numa_options: workers that run a function are not bound to CPUs",)
-        if mode and callable(entrypoint)
-        else (),
     )
     asked.trial()
     return asked

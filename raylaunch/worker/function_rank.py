@@ -145,7 +145,7 @@ def _joined(call: FunctionCall, payload: str) -> tuple[Any, NoRetry]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """It finds cloudpickle without importing the package around it, as pickle's own import would (Python 3.10 to 3.13)."""
+    """It finds cloudpickle without importing the package around it, as pickle itself would (Python 3.10 to 3.13)."""
 
     def find_class(self, module: str, name: str) -> Any:
         return getattr(cloudpickle(), name) if module == _CLOUDPICKLE else super().find_class(module, name)

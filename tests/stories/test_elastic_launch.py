@@ -60,6 +60,20 @@ def test_torchs_own_config_and_backend_do(one_node, tmp_path):
     nothing_is_left(tmp_path / "runs")
 
 
+def test_a_function_is_bound_to_cpus_and_has_its_role_as_a_command_has(config, tmp_path):
+    """This machine has one NUMA node or several: bound, or told why not."""
+    from torch.numa.binding import AffinityMode
+
+    from raylaunch.torchrun import NumaOptions
+
+    launched = config(numa_options=NumaOptions(affinity_mode=AffinityMode.NODE), role="trainer")
+    seen = elastic_launch(launched, lambda: (os.environ["ROLE_NAME"], sorted(os.sched_getaffinity(0))))()
+    for rank, (role, cpus) in seen.items():
+        assert role == "trainer"
+        (stderr,) = (tmp_path / "runs").glob(f"*/generation_1/{rank}/stderr.log")
+        assert len(cpus) < (os.cpu_count() or 1) or "no NUMA binding (node)" in stderr.read_text()
+
+
 def raises_on_rank_1():
     if os.environ["RANK"] == "1":
         raise ValueError("no such column")
