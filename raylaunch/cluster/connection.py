@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 
 import ray
+import ray._private.services
+import ray._private.worker
 
 from raylaunch.errors import ConfigError
 
@@ -39,13 +43,10 @@ def connected(
         yield
         return
     where, name = address or os.environ.get("RAY_ADDRESS", ""), "--address" if address else "RAY_ADDRESS"
-    if where.startswith("ray://") and not standalone:
-        raise ConfigError(
-            f"{name}={where}: a Ray Client address can't carry a run: the launcher must live in the cluster; use"
-            " `ray job submit -- raylaunch run ...`"
-        )
-    own = standalone
-    if not standalone:
+    own = standalone or where == "local"  # Ray's word for it
+    breakpoints = os.environ.get("PYTHONBREAKPOINT")
+    if not own:
+        _check_address(name, where)
         try:
             _knock(where)
             ray.init(address=address or "auto", **_QUIET)
@@ -60,18 +61,62 @@ def connected(
             say("no Ray cluster runs here: starting one of one node, as with --standalone")
             own = True
     if own:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **_QUIET)
+        with _out_of_the_terminals_reach():
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **_QUIET)
+    if breakpoints is not None:  # Ray 2.60 has put its debugger there; the ranks get what the user has
+        os.environ["PYTHONBREAKPOINT"] = breakpoints
+    try:
+        with _no_notices():
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _check_address(name: str, where: str) -> None:
+    """Refuse what is no cluster's address, with which ray.init (2.60) would fail in its own words, or start another."""
+    if where.startswith(("ray://", "http://", "https://")):
+        kind = "a Ray Client address" if where.startswith("ray://") else "the address of Ray's dashboard"
+        raise ConfigError(
+            f"{name}={where}: {kind} can't carry a run: the launcher must live in the cluster; use"
+            " `ray job submit -- raylaunch run ...`"
+        )
+    host, _, port = where.rpartition(":")
+    if where not in ("", "auto") and not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
+        raise ConfigError(f"{name}={where}: must be HOST:PORT, the address of the cluster's head, or auto")
+
+
+@contextlib.contextmanager
+def _out_of_the_terminals_reach() -> Iterator[None]:
+    """Start Ray's processes in sessions of their own, which ray.init (2.60) leaves in the launcher's process group.
+
+    What a terminal that closes, `timeout` or a batch system sends to the whole group would end Ray under the launcher,
+    which could then stop nothing in order, and would wait for Ray. The kernel ends them with the launcher all the same.
+    """
+    services = ray._private.services  # noqa: SLF001 - it has no switch
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
     try:
         yield
     finally:
-        ray.shutdown()
+        services.ConsolePopen = popen
+
+
+@contextlib.contextmanager
+def _no_notices() -> Iterator[None]:
+    """Keep Ray's notices of dead workers off stdout, where the ranks' own output is; log_to_driver doesn't (2.60)."""
+    worker = ray._private.worker  # noqa: SLF001 - the switch of Ray's own debugger
+    before, worker._worker_logs_enabled = worker._worker_logs_enabled, False  # noqa: SLF001
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before  # noqa: SLF001
 
 
 def _knock(where: str) -> None:
     """See that somebody listens at an address. Raises OSError; ray.init (2.60) would try for five minutes and more."""
     host, _, port = where.rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
 def node_resources() -> list[Mapping[str, float]]:

@@ -110,6 +110,8 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
         )
     if use_gpu is None and "GPU" in resources:
         use_gpu = resources["GPU"] > 0
+    if chosen.standalone and chosen.address:
+        raise ConfigError(f"--standalone: starts a Ray of its own, --address={chosen.address} names one: give one")
     bounds, per_node = _bounds(chosen, notes)
     result = Plan(
         bounds=bounds,
