@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import ray
 import ray._private.services
@@ -19,12 +20,20 @@ from raylaunch.errors import ConfigError
 #: How long the cluster's head may take to accept a connection, in seconds.
 KNOCK_SECONDS = 5.0
 #: The command shows its ranks' output by itself, and tells what happens by itself.
-_QUIET = {"log_to_driver": False, "logging_level": logging.WARNING}
+_QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+#: What of a runtime_env may be a folder of this machine. Ray (2.60) ships that for a whole job only, in ray.init.
+_OF_THE_JOB = ("working_dir", "py_modules", "excludes")
 
 
 @contextlib.contextmanager
 def connected(
-    address: str | None, *, standalone: bool, cpus: int, min_nodes: int, say: Callable[[str], None]
+    address: str | None,
+    *,
+    standalone: bool,
+    cpus: int,
+    min_nodes: int,
+    runtime_env: Mapping[str, Any] | None = None,
+    say: Callable[[str], None],
 ) -> Iterator[None]:
     """A connection for the block; a Ray that was started for it ends with it.
 
@@ -33,10 +42,11 @@ def connected(
         standalone: start a Ray of one node.
         cpus: how many CPUs that node has at least: as many as one node's workers take.
         min_nodes: how many nodes the run needs.
+        runtime_env: the workers'; what it has of this machine's folders is shipped. See `shipped`.
         say: takes what the user should know.
 
     Raises:
-        ConfigError: `address` is of a kind that can't carry a run.
+        ConfigError: `address` is of a kind that can't carry a run, or `runtime_env` can't be shipped.
         ConnectionError: there is no cluster.
     """
     if ray.is_initialized() and address is None and not standalone:
@@ -44,12 +54,14 @@ def connected(
         return
     where, name = address or os.environ.get("RAY_ADDRESS", ""), "--address" if address else "RAY_ADDRESS"
     own = standalone or where == "local"  # Ray's word for it
+    job_env = {key: value for key, value in (runtime_env or {}).items() if key in _OF_THE_JOB}
+    options = {**_QUIET, "runtime_env": job_env}
     breakpoints = os.environ.get("PYTHONBREAKPOINT")
     if not own:
         _check_address(name, where)
         try:
             _knock(where)
-            ray.init(address=address or "auto", **_QUIET)
+            ray.init(address=address or "auto", **options)
         except OSError as error:
             if where and where != "auto":
                 raise ConnectionError(f"{name}={where}: no Ray cluster answers there: {error}") from error
@@ -60,16 +72,35 @@ def connected(
                 ) from error
             say("no Ray cluster runs here: starting one of one node, as with --standalone")
             own = True
+        except (RuntimeError, ValueError) as error:
+            raise _not_shipped(job_env, error) from error
     if own:
-        with _out_of_the_terminals_reach():
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **_QUIET)
+        try:
+            with _out_of_the_terminals_reach():
+                ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **options)
+        except (RuntimeError, ValueError) as error:
+            raise _not_shipped(job_env, error) from error
     if breakpoints is not None:  # Ray 2.60 has put its debugger there; the ranks get what the user has
         os.environ["PYTHONBREAKPOINT"] = breakpoints
-    try:
-        with _no_notices():
+    with _no_notices():
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()  # which prints what is left of them
+
+
+def shipped(runtime_env: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A runtime_env for actors: with what `connected` has shipped in place of folders of this machine."""
+    if runtime_env is None:
+        return None
+    where: Mapping[str, Any] = ray.get_runtime_context().runtime_env
+    found = {key: where[key] for key in _OF_THE_JOB if key in runtime_env and key in where}
+    return {**{key: value for key, value in runtime_env.items() if key != "excludes"}, **found}
+
+
+def _not_shipped(job_env: Mapping[str, Any], error: Exception) -> Exception:
+    """What a ray.init that has failed comes to."""
+    return ConfigError(f"runtime_env={job_env!r}: Ray can't ship it: {error}") if job_env else error
 
 
 def _check_address(name: str, where: str) -> None:

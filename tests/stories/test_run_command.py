@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 from command_lines import PRELUDE, SEES, CommandLine, said
+from harness import eventually, runs
 
 LAUNCH = ("raylaunch.launch",)
 
@@ -138,6 +141,7 @@ time.sleep(1000)
     assert f"error_file: {tmp_path}/runs/fails/generation_1/1/error.json" in table
     assert "out of luck" in table
     assert "Other failures" not in table  # rank 0 was ended by us
+    assert run.stdout == ""  # nor Ray's notice that a worker has died
 
 
 def test_what_a_script_raised_is_in_the_table(one_node, command):
@@ -200,6 +204,41 @@ def test_a_launcher_that_is_told_to_end_lets_ranks_clean_up(one_node, command, n
     assert run.exit_code() == code, run.stderr
     assert said(run, "cleaned-up-0") == said(run, "cleaned-up-1") == signal.SIGTERM
     assert "the run is stopped" in run.stderr
+
+
+def test_a_second_ctrl_c_ends_at_once_what_takes_no_notice(one_node, command):
+    deaf = """
+import subprocess
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+kids = [subprocess.Popen(["sleep", "1000"], start_new_session=new).pid for new in (False, True)]
+say(f"up-{RANK}", [os.getpid(), *kids])
+wait_for("never")
+"""
+    run = command("LOGS --nproc-per-node=2 --shutdown-timeout=600 train.py", deaf)
+    pids = json.loads(run.wait_for("up-0")) + json.loads(run.wait_for("up-1"))
+    run.signal(signal.SIGINT)
+    eventually(lambda: "the workers have 600 s" in run.stderr, "the first Ctrl-C is heard")
+    assert all(map(runs, pids))
+    run.signal(signal.SIGINT)
+    assert run.process.wait(30) == 130, run.stderr
+    assert not any(map(runs, pids))
+    assert "once more" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_whole_process_group_leaves_a_standalone_ray_to_the_launcher(tmp_path, number, code):
+    """As `timeout`, a batch system or a terminal sends it. Ray would be gone under the launcher, which then hung."""
+    (tmp_path / "train.py").write_text(PRELUDE + CLEANS_UP)
+    line = f"--standalone --spares 0 --log-dir {tmp_path / 'runs'} train.py"
+    run = CommandLine(None, tmp_path, line.split(), start_new_session=True)
+    try:
+        run.wait_for("up-0")
+        os.killpg(run.process.pid, number)
+        assert run.process.wait(30) == code, run.stderr
+        assert said(run, "cleaned-up-0") == signal.SIGTERM
+    finally:
+        run.end()
 
 
 @pytest.mark.slow
