@@ -27,7 +27,7 @@ from ray.exceptions import ActorDiedError
 
 from raylaunch.cluster.coordinator_actor import NAMESPACE
 from raylaunch.cluster.rendezvous_actor import find_rendezvous
-from raylaunch.coordinator.agent_rendezvous import Answer, Connected, Lost, Report
+from raylaunch.coordinator.agent_messages import Answer, Connected, Lost, Report
 
 #: A pause before a call that has failed is made again, in seconds: Ray restarts an actor in 1.7.
 RETRY_SECONDS = 0.3

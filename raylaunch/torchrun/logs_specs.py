@@ -77,7 +77,7 @@ def notes_on(specs: Any, shown: str) -> tuple[str, ...]:
 
 def log_dir_of(specs: Any) -> str | None:
     """Where a LogsSpecs wants the logs; None where torch (2.13) has made it a folder of this machine by itself."""
-    folder = specs.root_log_dir
+    folder: str | None = specs.root_log_dir
     own = os.path.join(tempfile.gettempdir(), "torchelastic_")
     if not folder or folder == os.devnull or folder.startswith(own):
         return None

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str], *, prog: str = "raylaunch run", launch_style:
     _tell_decisions()
     asked: Plan | None = None
     try:
-        asked = with_logs_specs(plan(parse(arguments, prog=prog, launch_style=launch_style), os.environ, os.getcwd()))
+        chosen = parse(_encodable(arguments), prog=prog, launch_style=launch_style)
+        asked = with_logs_specs(plan(chosen, os.environ, _here()))
         _carry_out(asked, say)
     except ConfigError as error:
         say(f"error: {error}")
@@ -103,6 +104,23 @@ def _alone_or_following(work: Callable[[RunSpec], RunResult], say: Callable[[str
         raise
     note_end(spec.run_id, 0)
     return result
+
+
+def _encodable(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments, if ray.init (2.60) can note them, as it does with every driver's. Raises `ConfigError`."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{argument!a}: isn't UTF-8, and Ray takes nothing else in a command line") from None
+    return arguments
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the working directory is gone: start the command in another one") from error
 
 
 def _tell_decisions() -> None:

@@ -84,11 +84,16 @@ def test_a_program_that_is_not_python_is_executed(one_node, command, tmp_path):
 
 def test_the_style_of_torch_distributed_launch(one_node, command):
     run = command(
-        "LOGS --nproc_per_node=2 --node_rank=0 --master_addr=h --master_port=1 train.py x", SEES, module=LAUNCH
+        "LOGS --nproc_per_node=2 --node_rank=0 --master_addr=h --master_port=1 train.py x",
+        SEES,
+        module=LAUNCH,
+        OMP_NUM_THREADS="3",
     )
     assert run.exit_code() == 0, run.stderr
     assert said(run, "sees-1")["argv"][1:] == ["--local-rank=1", "x"]
-    assert "--master-addr, --master-port" in run.stderr
+    assert run.stderr.count("--master-addr, --master-port") == 1
+    assert said(run, "sees-1")["env"]["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in run.stderr  # it was chosen
 
 
 @pytest.mark.slow
@@ -104,6 +109,7 @@ def test_a_program_in_the_style_of_launch_is_told_by_its_environment_only(one_no
 def test_output_goes_where_the_options_say(one_node, command, tmp_path):
     line = (
         "LOGS --nproc-per-node=3 --rdzv-id=logs --role=trainer --tee 1:3,2:1 --redirects 0:3 --local-ranks-filter=0,1"
+        " --event-log-handler=console --duplicate-stderr-filters=complaint"
     )
     run = command(
         f"{line} --duplicate-stdout-filters apple train.py",
@@ -117,6 +123,9 @@ print("complaint", RANK, file=sys.stderr)
     assert [one for one in run.stderr.splitlines() if "complaint" in one] == ["[trainer1]:complaint 1"]
     folder = tmp_path / "runs" / "logs"
     assert (folder / "filtered_stdout.log").read_text().endswith("apple 1\n")
+    assert (folder / "filtered_stderr.log").read_text().endswith("complaint 1\n")
+    told = [one for one in run.stderr.splitlines() if "torchelastic.worker.status.SUCCEEDED" in one]
+    assert len(told) == 4  # of each rank, and of the agent
     files = [(folder / "generation_1" / rank / "stdout.log").read_text() for rank in ("0", "1", "2")]
     assert files == ["pear 0\n", "apple 1\n", "pear 2\n"]
 

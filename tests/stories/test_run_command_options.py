@@ -7,15 +7,18 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+from command_lines import SEES, said
 from harness import eventually, journal_lines
 
 # -- Ray's own options, and the launcher's signals ---------------------------------------------------------------------
 
 #: Ends well when it is asked to.
 ASKED = """
+PRELOADED = "colorsys" in sys.modules
 import shipped
 signal.signal(signal.SIGTERM, lambda *_: (say("asked"), sys.exit(0)))
-say("up", {"cwd": os.getcwd(), "flag": os.environ["FLAG"], "shipped": shipped.WHAT, "pid": os.getpid()})
+say("up", {"cwd": os.getcwd(), "flag": os.environ["FLAG"], "shipped": shipped.WHAT, "preloaded": PRELOADED})
 wait_for("never")
 """
 
@@ -28,10 +31,11 @@ def test_rays_options_and_the_signals_have_their_effect(two_nodes, command, tmp_
     env.write_text(json.dumps({"working_dir": str(here), "env_vars": {"FLAG": "on"}}))
     node = two_nodes.nodes[1].node_id
     line = f"LOGS --rdzv-id=options --spares=2 --num-workers=2 --resources-per-worker=CPU=0.5 --runtime-env={env}"
+    line += " --preload=torch,colorsys"
     line += f" --label-selector=ray.io/node-id={node} --signals-to-handle=SIGUSR1 job.py"
     run = command(line, ASKED, name="project/job.py")
     up = json.loads(run.wait_for("up"))
-    assert (up["flag"], up["shipped"]) == ("on", "by Ray")
+    assert (up["flag"], up["shipped"], up["preloaded"]) == ("on", "by Ray", True)
     assert Path(up["cwd"]).name.startswith("_ray_pkg_")  # a copy of it, where Ray has put it
     status = eventually(lambda: (now := two_nodes.status("options")).ready_spares == 2 and now, "two spares are ready")
     assert {one.node for one in status.members.values()} == {node}  # the other one has room, too
@@ -39,6 +43,14 @@ def test_rays_options_and_the_signals_have_their_effect(two_nodes, command, tmp_
     assert run.exit_code() == 128 + signal.SIGUSR1, run.stderr
     assert (run.out / "asked").exists()  # by SIGTERM
     assert "SIGUSR1; the run is stopped" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "nodes"), [("STRICT_PACK", "1"), ("STRICT_SPREAD", "2")])
+def test_workers_are_placed_as_the_strategy_says(two_nodes, command, strategy, nodes):
+    run = command(f"LOGS --num-workers=2 --placement-strategy={strategy} train.py", SEES)
+    assert run.exit_code() == 0, run.stderr
+    assert {said(run, f"sees-{rank}")["env"]["GROUP_WORLD_SIZE"] for rank in (0, 1)} == {nodes}
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from raylaunch.coordinator.agent_rendezvous import Answer, Connected, Lost
+from raylaunch.coordinator.agent_messages import Answer, Connected, Lost
 
 if TYPE_CHECKING:
-    from raylaunch.coordinator.agent_rendezvous import Report
+    from raylaunch.coordinator.agent_messages import Report
 
 
 #: How long the process may take to end once it has closed its end, in seconds.
