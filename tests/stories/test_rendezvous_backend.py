@@ -238,7 +238,7 @@ def test_too_few_nodes(job: Job) -> None:
 
 @pytest.mark.slow
 def test_a_node_that_is_silent_is_left_and_leaves(job: Job) -> None:
-    """What keeps a node's contact dies with its raylet."""
+    """What keeps its contact is gone, as after a node has lost its cluster."""
     conf = "keep_alive_interval=0.5,keep_alive_max_attempt=4"
     a, b = job.start(conf=conf), job.start(conf=conf)
     job.up(2)

@@ -97,5 +97,5 @@ class Contact:
             self._process.wait(EXIT_SECONDS)
         code = self._process.returncode
         return ContactLostError(
-            f"the process that keeps it has ended (exit code {code}), as it does when Ray ends on this node"
+            f"the process that keeps it has ended (exit code {code}), as it does when the Ray cluster is gone"
         )
