@@ -55,7 +55,7 @@ def connected(
     where, name = address or os.environ.get("RAY_ADDRESS", ""), "--address" if address else "RAY_ADDRESS"
     own = standalone or where == "local"  # Ray's word for it
     job_env = {key: value for key, value in (runtime_env or {}).items() if key in _OF_THE_JOB}
-    options = {**_QUIET, "runtime_env": job_env}
+    options = {**_QUIET, **({"runtime_env": job_env} if job_env else {})}
     breakpoints = os.environ.get("PYTHONBREAKPOINT")
     if not own:
         _check_address(name, where)

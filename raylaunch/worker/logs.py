@@ -56,7 +56,7 @@ class Follower:
             # A carriage return at the very end may be half of a line's end.
             data = data[: max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1]
         elif len(data) == CHUNK:  # then another source may have its turn between two lines
-            data = data[: max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1] or data
+            data = data[: data.rfind(b"\n") + 1] or data[: data.rfind(b"\r", 0, -1) + 1] or data
         self._offset += len(data)
         return data
 
@@ -98,7 +98,7 @@ class Followers:
                     continue
                 output.append((sources[0], data))
                 size += len(data)
-                if data.endswith((b"\n", b"\r")):
+                if data.endswith(b"\n"):  # behind a carriage return another line would cover a progress bar
                     sources.rotate(-1)
                 if size >= BATCH:
                     self._kept_waiting = tuple(sources)

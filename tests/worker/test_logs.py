@@ -116,7 +116,7 @@ def test_what_is_read_at_a_time_is_bounded_and_each_source_keeps_its_order(tmp_p
 
 def test_one_that_never_stops_keeps_nobody_waiting_and_no_line_is_cut_for_another(tmp_path):
     followers = Followers()
-    texts = {"flood": b"x" * 500_000 + b"\n", "quiet": b"hear me\n"}
+    texts = {"flood": b"\r 1%\r" + b"x" * 500_000 + b"\r" * 100_000 + b"\n", "quiet": b"hear me\n"}
     sources = {name: Source(1, rank, "stdout") for rank, name in enumerate(texts)}
     for name, source in sources.items():
         (tmp_path / name).write_bytes(texts[name] * (20 if name == "flood" else 1))
