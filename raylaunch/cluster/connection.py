@@ -61,7 +61,8 @@ def connected(
         _check_address(name, where)
         try:
             _knock(where)
-            ray.init(address=address or "auto", **options)
+            with _shipping(job_env):
+                ray.init(address=address or "auto", **options)
         except OSError as error:
             if where and where != "auto":
                 raise ConnectionError(f"{name}={where}: no Ray cluster answers there: {error}") from error
@@ -72,14 +73,9 @@ def connected(
                 ) from error
             say("no Ray cluster runs here: starting one of one node, as with --standalone")
             own = True
-        except (RuntimeError, ValueError) as error:
-            raise _not_shipped(job_env, error) from error
     if own:
-        try:
-            with _out_of_the_terminals_reach():
-                ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **options)
-        except (RuntimeError, ValueError) as error:
-            raise _not_shipped(job_env, error) from error
+        with _out_of_the_terminals_reach(), _shipping(job_env):
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **options)
     if breakpoints is not None:  # Ray 2.60 has put its debugger there; the ranks get what the user has
         os.environ["PYTHONBREAKPOINT"] = breakpoints
     with _no_notices():
@@ -94,13 +90,19 @@ def shipped(runtime_env: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if runtime_env is None:
         return None
     where: Mapping[str, Any] = ray.get_runtime_context().runtime_env
-    found = {key: where[key] for key in _OF_THE_JOB if key in runtime_env and key in where}
+    found = {key: where[key] for key in ("working_dir", "py_modules") if key in runtime_env and key in where}
     return {**{key: value for key, value in runtime_env.items() if key != "excludes"}, **found}
 
 
-def _not_shipped(job_env: Mapping[str, Any], error: Exception) -> Exception:
-    """What a ray.init that has failed comes to."""
-    return ConfigError(f"runtime_env={job_env!r}: Ray can't ship it: {error}") if job_env else error
+@contextlib.contextmanager
+def _shipping(job_env: Mapping[str, Any]) -> Iterator[None]:
+    """Say what it was when Ray can't ship something, such as a folder that is too large."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not job_env:
+            raise
+        raise ConfigError(f"runtime_env={job_env!r}: Ray can't ship it: {error}") from error
 
 
 def _check_address(name: str, where: str) -> None:
