@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from command_lines import PRELUDE, SEES, CommandLine, said
 from harness import eventually, runs
@@ -251,6 +252,22 @@ def test_a_signal_to_the_whole_process_group_leaves_a_standalone_ray_to_the_laun
 
 
 @pytest.mark.slow
+def test_a_launcher_ends_though_its_cluster_is_gone(tmp_path):
+    (tmp_path / "train.py").write_text(PRELUDE + CLEANS_UP)
+    line = f"--standalone --spares 0 --shutdown-timeout=1 --log-dir {tmp_path / 'runs'} train.py"
+    run = CommandLine(None, tmp_path, line.split())
+    try:
+        run.wait_for("up-0")
+        store = [one for one in psutil.Process(run.process.pid).children() if one.name() == "gcs_server"]
+        assert len(store) == 1
+        store[0].kill()
+        run.signal(signal.SIGTERM)
+        assert run.process.wait(120) == 143, run.stderr
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
 def test_ranks_that_take_no_notice_get_no_more_than_the_shutdown_timeout(one_node, command):
     deaf = 'signal.signal(signal.SIGTERM, signal.SIG_IGN); say("up"); wait_for("never")'
     run = command("LOGS --shutdown-timeout=1 train.py", deaf)
@@ -284,7 +301,6 @@ if count == "0":
 
 @pytest.mark.slow
 def test_standalone_starts_a_ray_and_stops_only_that(one_node, tmp_path):
-    import psutil
 
     def rays() -> set[int]:
         return {one.pid for one in psutil.process_iter(["name"]) if one.info["name"] in ("raylet", "gcs_server")}
