@@ -21,7 +21,13 @@ LAUNCH = ("raylaunch.launch",)
 
 def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
     line = "LOGS --nproc-per-node=2 --rdzv-id=job-7 --role=trainer --max-restarts=2 --rdzv-backend=c10d"
-    run = command(f"{line} --rdzv-endpoint=head:29400 train.py --lr 0.1 --nproc-per-node", SEES, MY_FLAG="on", RANK="9")
+    run = command(
+        f"{line} --rdzv-endpoint=head:29400 train.py --lr 0.1 --nproc-per-node",
+        SEES,
+        MY_FLAG="on",
+        RANK="9",
+        PYTHONBREAKPOINT="0",
+    )
     assert run.exit_code() == 0, run.stderr
     for rank in ("0", "1"):
         seen = said(run, f"sees-{rank}")
@@ -35,6 +41,7 @@ def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
         assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["GROUP_WORLD_SIZE"]) == ("2", "2", "1")
         assert (env["TORCHELASTIC_RUN_ID"], env["TORCHELASTIC_MAX_RESTARTS"]) == ("job-7", "2")
         assert (env["ROLE_NAME"], env["MY_FLAG"], env["OMP_NUM_THREADS"]) == ("trainer", "on", "1")
+        assert env["PYTHONBREAKPOINT"] == "0"  # not Ray's debugger
     assert run.stdout == "hello from 0\n"
     notes = [one for one in run.stderr.splitlines() if "without effect" in one]
     assert len(notes) == 1
