@@ -22,6 +22,8 @@ from raylaunch.errors import ConfigError
 
 #: Three years, in seconds: more than any wait makes sense, less than the operating system's timers can't hold.
 LONGEST_TIMEOUT = 1e8
+#: The most workers that a run may need to start: more than any cluster has, less than nobody could count.
+LARGEST_MINIMUM = 100_000
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
@@ -218,6 +220,8 @@ def _bounds(num_workers: Any, workers_per_node: Any) -> Bounds:
     low, high = int(pair[0]), int(pair[1])
     if low < 1:
         raise ConfigError(f"{shown}: must be at least 1")
+    if low > LARGEST_MINIMUM:
+        raise ConfigError(f"{shown}: the minimum must be at most {LARGEST_MINIMUM}")
     if low > high:
         raise ConfigError(f"{shown}: the minimum is above the maximum; did you mean ({high}, {low})?")
     unit = 1 if workers_per_node is None else workers_per_node

@@ -17,7 +17,8 @@ from typing import Any
 import ray
 
 from raylaunch.cluster.coordinator_actor import NAMESPACE
-from raylaunch.coordinator.agent_rendezvous import AgentRendezvous, Answer, Heard, Report, Tick
+from raylaunch.coordinator.agent_messages import Answer, Heard, Report, Tick
+from raylaunch.coordinator.agent_rendezvous import AgentRendezvous
 
 logger = logging.getLogger("raylaunch")
 

@@ -1,8 +1,9 @@
 """The process between an agent of torchrun and the rendezvous actor: the agent's own driver in Ray.
 
-The agent starts it and never imports Ray itself, for three reasons (Ray 2.60). A driver dies with its raylet, at once,
-and an agent that does so leaves its ranks behind. Ray takes SIGTERM over and aborts a driver 3 s after one, while
-torchrun gives its ranks 30 s. And this process survives its agent: when that is killed, the others hear of it at once.
+The agent starts it and never imports Ray itself, for three reasons (Ray 2.60). Ray ends a driver that has lost its
+cluster, and an agent that ends like that leaves its ranks behind. Ray takes SIGTERM over and aborts a driver 3 s after
+one, while torchrun gives its ranks 30 s. And this process survives its agent: when that is killed, the others hear of
+it at once.
 
 Reports come through a pipe; back go `Connected` at first, then answers, or `Lost` at last. It ends with its agent.
 """
@@ -27,7 +28,7 @@ from ray.exceptions import ActorDiedError
 
 from raylaunch.cluster.coordinator_actor import NAMESPACE
 from raylaunch.cluster.rendezvous_actor import find_rendezvous
-from raylaunch.coordinator.agent_rendezvous import Answer, Connected, Lost, Report
+from raylaunch.coordinator.agent_messages import Answer, Connected, Lost, Report
 
 #: A pause before a call that has failed is made again, in seconds: Ray restarts an actor in 1.7.
 RETRY_SECONDS = 0.3

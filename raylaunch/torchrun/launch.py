@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raylaunch.result import RunResult
@@ -71,14 +72,17 @@ def own_connection(asked: Plan, say: Callable[[str], None]) -> AbstractContextMa
         standalone=asked.standalone,
         cpus=math.ceil(workers * asked.wish.resources.get("CPU", 1.0)),
         min_nodes=1 if per_node is None else asked.bounds[0],
+        runtime_env=asked.runtime_env,
         say=say,
     )
 
 
 def run_command(asked: Plan, spec: RunSpec) -> RunResult:
     """The plan's command, as the ranks of a run."""
+    from raylaunch.cluster.connection import shipped
     from raylaunch.cluster.session import launch_command
 
+    asked = replace(asked, runtime_env=shipped(asked.runtime_env))
     return launch_command(spec, _setup(asked), asked.command, asked.logs)
 
 

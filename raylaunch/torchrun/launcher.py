@@ -26,7 +26,7 @@ from raylaunch.torchrun.error_file import error_data, write_error_file
 from raylaunch.torchrun.events import Reporter
 from raylaunch.torchrun.failure import process_exit_code, wall_clock
 from raylaunch.torchrun.launch import launch, run_command, run_function
-from raylaunch.torchrun.logs_specs import log_dir_of, logs_of
+from raylaunch.torchrun.logs_specs import log_dir_of, logs_of, notes_on
 from raylaunch.torchrun.plan import Plan, signals_for
 from raylaunch.torchrun.rendezvous import run_id_for, timeouts_of
 from raylaunch.torchrun.sizing import Wish
@@ -167,6 +167,7 @@ def plan_of(config: Any, entrypoint: Entrypoint, args: Sequence[Any]) -> Plan:
         log_dir=log_dir_of(config.logs_specs),
         signals=signals_for(config.signals_to_handle),
         event_log_handler=config.event_log_handler,
+        notes=tuple(notes_on(config.logs_specs, "logs_specs")),
     )
     asked.trial()
     return asked

@@ -108,5 +108,7 @@ def parse(arguments: Sequence[str], *, prog: str = "raylaunch run", launch_style
     parser = _Parser(use_env=launch_style, prog=prog)
     end = parser.own_part(arguments)
     chosen = parser.parse_args(arguments[:end])
-    chosen.training_script_args = list(arguments[end:])
+    own = arguments[end:]
+    # argparse counts a `--` behind the program as the program's end, unless there was one before: so torchrun drops it.
+    chosen.training_script_args = list(own[1:] if own[:1] == ["--"] and "--" not in arguments[:end] else own)
     return chosen

@@ -110,6 +110,8 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
         )
     if use_gpu is None and "GPU" in resources:
         use_gpu = resources["GPU"] > 0
+    if chosen.standalone and chosen.address:
+        raise ConfigError(f"--standalone: starts a Ray of its own, --address={chosen.address} names one: give one")
     bounds, per_node = _bounds(chosen, notes)
     result = Plan(
         bounds=bounds,
@@ -125,7 +127,7 @@ def plan(chosen: argparse.Namespace, environ: Mapping[str, str], cwd: str) -> Pl
         spares=_spares(chosen.spares),
         preload=_preload(chosen),
         runtime_env=values.runtime_env(chosen.runtime_env),
-        log_dir=os.path.join(cwd, chosen.log_dir) if chosen.log_dir else None,
+        log_dir=_log_dir(chosen.log_dir, cwd, notes),
         logs_specs=chosen.logs_specs,
         address=chosen.address,
         standalone=chosen.standalone,
@@ -253,6 +255,12 @@ def _logs(chosen: argparse.Namespace, environ: Mapping[str, str]) -> Logs:
         duplicate_stderr_filters=_filters(chosen.duplicate_stderr_filters),
         **({} if prefix is None else {"prefix": prefix}),
     )
+
+
+def _log_dir(text: str | None, cwd: str, notes: list[str]) -> str | None:
+    if text == os.devnull:  # torch keeps no files then
+        notes.append(f"--log-dir={text}: the console is fed from files; they lie in Ray's session log folder")
+    return os.path.join(cwd, text) if text and text != os.devnull else None
 
 
 def _filters(texts: str | Sequence[str]) -> tuple[str, ...]:

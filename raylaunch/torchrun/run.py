@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,8 @@ from raylaunch.torchrun.parser import parse
 from raylaunch.torchrun.plan import Plan, plan
 from raylaunch.torchrun.signals import Stopped
 
+#: How long a thread may go on when all is over, in seconds.
+STUCK_SECONDS = 5.0
 #: When this launcher was started, in seconds since 1970.
 _STARTED = time.time()
 
@@ -33,14 +36,20 @@ def main(arguments: Sequence[str], *, prog: str = "raylaunch run", launch_style:
         prog: what messages call it.
         launch_style: in the way of torch.distributed.launch: without --use-env the script gets --local-rank=N.
     """
+    code = _main(arguments, prog, launch_style)
+    _end_though_ray_is_stuck(code)
+    return code
 
+
+def _main(arguments: Sequence[str], prog: str, launch_style: bool) -> int:
     def say(text: str) -> None:
         print(f"{prog}: {text}", file=sys.stderr, flush=True)  # noqa: T201 - what the user should know
 
     _tell_decisions()
     asked: Plan | None = None
     try:
-        asked = with_logs_specs(plan(parse(arguments, prog=prog, launch_style=launch_style), os.environ, os.getcwd()))
+        chosen = parse(_encodable(arguments), prog=prog, launch_style=launch_style)
+        asked = with_logs_specs(plan(chosen, os.environ, _here()))
         _carry_out(asked, say)
     except ConfigError as error:
         say(f"error: {error}")
@@ -103,6 +112,38 @@ def _alone_or_following(work: Callable[[RunSpec], RunResult], say: Callable[[str
         raise
     note_end(spec.run_id, 0)
     return result
+
+
+def _end_though_ray_is_stuck(code: int) -> None:
+    """End the process here if it couldn't end by itself.
+
+    A call to a cluster that is gone never returns once Ray was shut down (2.60), and the interpreter would wait for the
+    thread that is in it. Those of the shell have this name, and all others have ended with its loop.
+    """
+    until = time.monotonic() + STUCK_SECONDS
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("asyncio_")]:
+        thread.join(max(0.0, until - time.monotonic()))
+        if thread.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def _encodable(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments, if ray.init (2.60) can note them, as it does with every driver's. Raises `ConfigError`."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{argument!a}: isn't UTF-8, and Ray takes nothing else in a command line") from None
+    return arguments
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the working directory is gone: start the command in another one") from error
 
 
 def _tell_decisions() -> None:

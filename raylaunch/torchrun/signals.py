@@ -30,6 +30,8 @@ def raising(
 ) -> Iterator[Callable[[], None]]:
     """While the block runs, these signals raise what is `made` of them. On the main thread only; elsewhere nothing.
 
+    A SIGHUP that is ignored, as under `nohup`, stays ignored: who has started it so wants it to survive its terminal.
+
     Yields a function that installs the handlers again: ray.init (2.60) takes SIGTERM over, and its C++ side would abort
     the process three seconds after one.
     """
@@ -41,10 +43,12 @@ def raising(
         raise made(number)
 
     def install() -> None:
-        for number in numbers:
+        for number in before:
             signal.signal(number, handle)
 
     before = {number: signal.getsignal(number) for number in numbers}
+    if before.get(signal.SIGHUP) is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     install()
     try:
         yield install

@@ -17,6 +17,9 @@ _LINES = 20
 _TRACEBACK = "Traceback (most recent call last):"
 #: What torch (2.13) puts before each line of a traceback once there is a process group.
 _PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
+#: How the traceback of an exception group begins, and what stands before its lines (Python 3.11).
+_GROUP = re.compile(r"^ *\+ Exception Group Traceback \(most recent call last\):$", re.MULTILINE)
+_GROUP_MARGIN = re.compile(r"^ *[|+] ", re.MULTILINE)
 
 
 def account_of(ending: Ending, error_file: str, stderr: str) -> Ending:
@@ -51,13 +54,17 @@ def _printed(ending: Ending, stderr: str) -> Ending:
             text = _PREFIX.sub("", file.read().decode(errors="replace"))
     except OSError:
         return ending
-    start = text.rfind(_TRACEBACK)
+    group = max((found.start() for found in _GROUP.finditer(text)), default=-1)
+    grouped = group > text.rfind(f"\n{_TRACEBACK}")  # those of a group's members stand behind its margin
+    start = group if grouped else text.rfind(_TRACEBACK)
     shown = text[start:] if start >= 0 else "\n".join(text.splitlines()[-_LINES:])
     lines = [line for line in shown.splitlines() if line.strip()]
     if not lines:
         return ending
     if start < 0:
         return replace(ending, message=lines[-1].strip(), traceback=shown)
+    if grouped:
+        lines = [_GROUP_MARGIN.sub("", line, count=1) for line in lines]
     # The line that names the exception is the first that isn't indented; what follows is its message.
     after = next((number for number, line in enumerate(lines[1:], 1) if not line.startswith(" ")), len(lines) - 1)
     text = "\n".join(lines[after:])

@@ -60,7 +60,7 @@ _NEVER_COPIED = (
     *_RANK_VARIABLES,
     *_RUN_VARIABLES,
     *_DEVICE_VARIABLES,
-    *("SLURM_*", "SLURMD_*", "PMI*", "PMIX_*", "OMPI_*", "RAY_*"),
+    *("SLURM_*", "SLURMD_*", "PMI*", "PMIX_*", "OMPI_*", "MPI_LOCAL*", "MV2_COMM_WORLD_*", "PALS_*", "RAY_*"),
     "HOSTNAME",  # the driver's; every node has its own
 )
 
@@ -73,7 +73,9 @@ def copied_env(environ: Mapping[str, str], patterns: Sequence[str]) -> dict[str,
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"copy_env={patterns!r}: must be a sequence of patterns, as ('WANDB_*', 'MY_FLAG')")
     return {
-        name: value for name, value in environ.items() if _matches(name, patterns) and not _matches(name, _NEVER_COPIED)
+        name: value
+        for name, value in environ.items()
+        if _matches(name, patterns) and not _matches(name, _NEVER_COPIED) and not _is_rays_debugger(name, value)
     }
 
 
@@ -144,6 +146,8 @@ def command_env(
     """
     given = {name: value for name, value in node.items() if name == "HOSTNAME" or not _matches(name, _NEVER_COPIED)}
     given.pop("OMP_NUM_THREADS", None)  # Ray 2.60's own, which it sets for every worker
+    if _is_rays_debugger("PYTHONBREAKPOINT", given.get("PYTHONBREAKPOINT", "")):
+        del given["PYTHONBREAKPOINT"]
     whole = {
         **given,
         **spare_env(run_id=run_id, copied=copied, env=env, cpus_per_worker=cpus_per_worker, use_gpu=use_gpu, host=host),
@@ -229,6 +233,11 @@ def interface_of(address: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None
+
+
+def _is_rays_debugger(name: str, value: str) -> bool:
+    """Whether Ray (2.60) has set this in a process that it runs in, where breakpoint() is to ask for its debugger."""
+    return name == "PYTHONBREAKPOINT" and value.startswith("ray.")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

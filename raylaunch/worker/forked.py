@@ -148,7 +148,7 @@ def _tell_multiprocessing(cwd: str) -> None:
 def _run_script(target: str, main: types.ModuleType) -> None:
     path = os.path.join(os.getcwd(), target)
     if os.path.isdir(path) or zipfile.is_zipfile(path):
-        sys.path.insert(0, target)
+        sys.path.insert(0, path)  # absolute (Python 3.9), so that it holds when the command changes its directory
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]  # noqa: SLF001 - python DIR
         return
     if not _safe_path():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 #: How much of one file is read at a time, and the longest line that is held back until it is whole, in bytes.
@@ -54,8 +55,8 @@ class Follower:
         if self._whole_lines and len(data) < CHUNK and not ended:
             # A carriage return at the very end may be half of a line's end.
             data = data[: max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1]
-        elif self._whole_lines and len(data) == CHUNK:
-            data = data[: max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1] or data
+        elif len(data) == CHUNK:  # then another source may have its turn between two lines
+            data = data[: data.rfind(b"\n") + 1] or data[: data.rfind(b"\r", 0, -1) + 1] or data
         self._offset += len(data)
         return data
 
@@ -72,6 +73,7 @@ class Followers:
     def __init__(self) -> None:
         self._followers: dict[Source, Follower] = {}
         self._newest = 0
+        self._kept_waiting: Sequence[Source] = ()  # by the last batch, which was full
 
     def follow(self, source: Source, path: str, offset: int) -> None:
         """Follow one more, from this offset; those of the generation before the last one are given up when read."""
@@ -81,23 +83,41 @@ class Followers:
     def read(self, *, ended: bool) -> Output:
         """What is new, oldest generation first; at most a batch.
 
+        In turn, so that no source waits for ever for one that never stops, and a turn ends with a line. Of what a rank
+        has written since the last look, stdout comes first: an error is mostly what it says last.
+
         `ended`: nobody writes any more; the files are closed when all is read, so that their disk can be unmounted.
         """
         output: Output = []
         size = 0
-        for source in sorted(self._followers, key=lambda source: (source.generation, source.rank, source.stream)):
-            follower = self._followers[source]
-            while size < BATCH and (data := follower.read(ended=ended or source.generation < self._newest - 1)):
-                output.append((source, data))
+        for generation in sorted({source.generation for source in self._followers}):
+            over = generation < self._newest - 1
+            sources = deque(self._by_turn(generation))
+            while sources:
+                data = self._followers[sources[0]].read(ended=ended or over)
+                if not data:
+                    sources.popleft()
+                    continue
+                output.append((sources[0], data))
                 size += len(data)
-            if size >= BATCH:
-                break
-            if source.generation < self._newest - 1:
-                self._followers.pop(source).close()
+                if data.endswith(b"\n"):  # behind a carriage return another line would cover a progress bar
+                    sources.rotate(-1)
+                if size >= BATCH:
+                    self._kept_waiting = tuple(sources)
+                    return output
+            if over:
+                for source in self._by_turn(generation):
+                    self._followers.pop(source).close()
+        self._kept_waiting = ()
         if ended and not output:
             for follower in self._followers.values():
                 follower.close()
         return output
+
+    def _by_turn(self, generation: int) -> list[Source]:
+        sources = [source for source in self._followers if source.generation == generation]
+        sources.sort(key=lambda source: (source.rank, source.stream != "stdout"))
+        return list(dict.fromkeys([one for one in self._kept_waiting if one in sources] + sources))
 
 
 class Merger:

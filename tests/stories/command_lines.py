@@ -50,6 +50,7 @@ class CommandLine:
         line: Sequence[str],
         *,
         module: Sequence[str] = ("raylaunch", "run"),
+        start_new_session: bool = False,
         **env: str,
     ) -> None:
         self.out = folder / "out"
@@ -68,6 +69,7 @@ class CommandLine:
                 stdout=stdout,
                 stderr=stderr,
                 env=surroundings,
+                start_new_session=start_new_session,
             )
 
     def exit_code(self) -> int:

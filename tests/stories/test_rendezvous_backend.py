@@ -45,7 +45,8 @@ def reduced(value):
 
 assert reduced(1) == size
 part = gates / f"part-{os.getpid()}"
-part.write_text(f"{size} {rank} {os.getpid()} {os.environ['TORCHELASTIC_RESTART_COUNT']}")
+names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE", "OMP_NUM_THREADS")
+part.write_text(" ".join([str(size), str(rank), str(os.getpid()), *(os.environ.get(name, "-") for name in names)]))
 part.rename(gates / f"up-{os.getpid()}")  # whole, or not there
 while True:
     if (gates / f"fail-{rank}").exists():
@@ -62,7 +63,8 @@ class Rank:
     """What a rank has said of itself."""
 
     def __init__(self, text: str) -> None:
-        self.size, self.rank, self.pid, self.restarts = map(int, text.split())
+        *numbers, self.agent_store, self.threads = text.split()
+        self.size, self.rank, self.pid, self.restarts = map(int, numbers)
 
 
 class Job:
@@ -85,9 +87,10 @@ class Job:
         (described / "entry_points.txt").write_text(entry_points())
         self.path = os.pathsep.join(filter(None, [str(installed), str(ROOT), os.environ.get("PYTHONPATH")]))
 
-    def start(self, *options: str, nnodes: str = "1:2", conf: str = "") -> Agent:
+    def start(self, *options: str, nnodes: str = "1:2", conf: str = "", **env: str) -> Agent:
         """One more agent."""
-        agent = Agent(self, [f"--nnodes={nnodes}", f"--rdzv-conf=last_call_timeout=20,{conf}".rstrip(","), *options])
+        conf = f"--rdzv-conf=last_call_timeout=20,{conf}".rstrip(",")
+        agent = Agent(self, [f"--nnodes={nnodes}", conf, *options], env)
         self.agents.append(agent)
         return agent
 
@@ -140,19 +143,20 @@ def entry_points() -> str:
 class Agent:
     """One torchrun."""
 
-    def __init__(self, job: Job, options: list[str]) -> None:
+    def __init__(self, job: Job, options: list[str], env: dict[str, str]) -> None:
         self._said = job.gates / f"agent-{len(job.agents)}.txt"
         self.expected_to_end = False
         self.contacts: set[int] = set()
         rendezvous = ["--rdzv-backend=ray", f"--rdzv-endpoint={job.cluster.address}", f"--rdzv-id={job.id}"]
         torchrun = Path(sys.executable).with_name("torchrun")
+        surroundings = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         with self._said.open("wb") as output:
             self.process = subprocess.Popen(
                 [torchrun, *rendezvous, "--nproc-per-node=1", "--max-restarts=3", *options, job.script, job.gates],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": job.path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+                env={**surroundings, "PYTHONPATH": job.path, "GLOO_SOCKET_IFNAME": "lo", **env},
             )
 
     def said(self) -> str:
@@ -234,7 +238,7 @@ def test_too_few_nodes(job: Job) -> None:
 
 @pytest.mark.slow
 def test_a_node_that_is_silent_is_left_and_leaves(job: Job) -> None:
-    """What keeps a node's contact dies with its raylet."""
+    """What keeps its contact is gone, as after a node has lost its cluster."""
     conf = "keep_alive_interval=0.5,keep_alive_max_attempt=4"
     a, b = job.start(conf=conf), job.start(conf=conf)
     job.up(2)
@@ -289,3 +293,63 @@ def test_a_terminated_agent_leaves_and_the_rendezvous_survives_its_actor(job: Jo
     c = job.start()
     job.up(2)
     finish(job, a, c)
+
+
+#: A node of its own on this machine: another address of it, where Ray finds the raylet that has it.
+OTHER = "127.0.0.2"
+#: An agent's contact finds a raylet by its machine's address. On one machine only ray.init can tell several apart.
+ON_THE_OTHER = f"""
+import sys
+class Other:
+    def find_spec(self, name, path=None, target=None):
+        if name == "raylaunch.cluster.rendezvous_contact":
+            import functools, ray
+            ray.init = functools.partial(ray.init, _node_ip_address={OTHER!r})
+sys.meta_path.insert(0, Other())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_raylet_alone_stops_nobody_and_a_node_that_is_lost_is_left(job: Job, two_nodes: Any) -> None:
+    node = two_nodes.add_node(node_ip_address=OTHER)
+    there = job.gates.parent / "there"
+    there.mkdir()
+    (there / "sitecustomize.py").write_text(ON_THE_OTHER)
+    a = job.start(conf="keep_alive_interval=0.5,keep_alive_max_attempt=4")
+    b = job.start(
+        conf="keep_alive_interval=0.5,keep_alive_max_attempt=4",
+        PYTHONPATH=os.pathsep.join([str(there), job.path]),
+    )
+    ranks = job.up(2)
+    two_nodes.kill_node(node)
+    eventually(lambda: not next(one for one in ray.nodes() if one["NodeID"] == node.node_id)["Alive"], "Ray knows it")
+    assert [one for one in ranks if runs(one.pid)] == ranks  # agent and ranks still reach each other, and go on
+    assert "is gone" not in a.said()
+    on_b = [b.process.pid, b.contact(), *(one.pid for one in ranks if psutil.Process(one.pid).ppid() == b.process.pid)]
+    b.expected_to_end = True
+    for pid in on_b:
+        os.kill(pid, signal.SIGKILL)
+    (alone,) = job.up(1)
+    assert psutil.Process(alone.pid).ppid() == a.process.pid
+    finish(job, a)
+
+
+@pytest.mark.slow
+def test_the_cluster_that_this_node_is_part_of(job: Job) -> None:
+    agent = job.start("--rdzv-endpoint=auto", "--nproc-per-node=2", nnodes="1")
+    ranks = job.up(2)
+    assert [(one.agent_store, one.threads) for one in ranks] == [("True", "1")] * 2
+    assert job.actors() == [rendezvous_name(job.id)]
+    finish(job, agent)
+    assert agent.said().count("OMP_NUM_THREADS") == 1  # by torchrun, and by nobody else
+
+
+@pytest.mark.slow
+def test_ranks_may_have_a_store_of_their_own(job: Job) -> None:
+    a, b = (job.start(nnodes="2", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") for _ in range(2))
+    for _ in range(2):
+        ranks = job.up(2)
+        assert [one.agent_store for one in ranks] == ["False"] * 2
+        os.kill(ranks[0].pid, signal.SIGKILL)
+    job.up(2)
+    finish(job, a, b)

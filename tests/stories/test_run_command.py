@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from command_lines import PRELUDE, SEES, CommandLine, said
+from harness import eventually, runs
 
 LAUNCH = ("raylaunch.launch",)
 
@@ -17,7 +21,13 @@ LAUNCH = ("raylaunch.launch",)
 
 def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
     line = "LOGS --nproc-per-node=2 --rdzv-id=job-7 --role=trainer --max-restarts=2 --rdzv-backend=c10d"
-    run = command(f"{line} --rdzv-endpoint=head:29400 train.py --lr 0.1 --nproc-per-node", SEES, MY_FLAG="on", RANK="9")
+    run = command(
+        f"{line} --rdzv-endpoint=head:29400 train.py --lr 0.1 --nproc-per-node",
+        SEES,
+        MY_FLAG="on",
+        RANK="9",
+        PYTHONBREAKPOINT="0",
+    )
     assert run.exit_code() == 0, run.stderr
     for rank in ("0", "1"):
         seen = said(run, f"sees-{rank}")
@@ -31,6 +41,7 @@ def test_a_script_is_run_as_the_ranks_of_one_group(one_node, command, tmp_path):
         assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["GROUP_WORLD_SIZE"]) == ("2", "2", "1")
         assert (env["TORCHELASTIC_RUN_ID"], env["TORCHELASTIC_MAX_RESTARTS"]) == ("job-7", "2")
         assert (env["ROLE_NAME"], env["MY_FLAG"], env["OMP_NUM_THREADS"]) == ("trainer", "on", "1")
+        assert env["PYTHONBREAKPOINT"] == "0"  # not Ray's debugger
     assert run.stdout == "hello from 0\n"
     notes = [one for one in run.stderr.splitlines() if "without effect" in one]
     assert len(notes) == 1
@@ -81,11 +92,16 @@ def test_a_program_that_is_not_python_is_executed(one_node, command, tmp_path):
 
 def test_the_style_of_torch_distributed_launch(one_node, command):
     run = command(
-        "LOGS --nproc_per_node=2 --node_rank=0 --master_addr=h --master_port=1 train.py x", SEES, module=LAUNCH
+        "LOGS --nproc_per_node=2 --node_rank=0 --master_addr=h --master_port=1 train.py x",
+        SEES,
+        module=LAUNCH,
+        OMP_NUM_THREADS="3",
     )
     assert run.exit_code() == 0, run.stderr
     assert said(run, "sees-1")["argv"][1:] == ["--local-rank=1", "x"]
-    assert "--master-addr, --master-port" in run.stderr
+    assert run.stderr.count("--master-addr, --master-port") == 1
+    assert said(run, "sees-1")["env"]["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in run.stderr  # it was chosen
 
 
 @pytest.mark.slow
@@ -101,6 +117,7 @@ def test_a_program_in_the_style_of_launch_is_told_by_its_environment_only(one_no
 def test_output_goes_where_the_options_say(one_node, command, tmp_path):
     line = (
         "LOGS --nproc-per-node=3 --rdzv-id=logs --role=trainer --tee 1:3,2:1 --redirects 0:3 --local-ranks-filter=0,1"
+        " --event-log-handler=console --duplicate-stderr-filters=complaint"
     )
     run = command(
         f"{line} --duplicate-stdout-filters apple train.py",
@@ -114,6 +131,9 @@ print("complaint", RANK, file=sys.stderr)
     assert [one for one in run.stderr.splitlines() if "complaint" in one] == ["[trainer1]:complaint 1"]
     folder = tmp_path / "runs" / "logs"
     assert (folder / "filtered_stdout.log").read_text().endswith("apple 1\n")
+    assert (folder / "filtered_stderr.log").read_text().endswith("complaint 1\n")
+    told = [one for one in run.stderr.splitlines() if "torchelastic.worker.status.SUCCEEDED" in one]
+    assert len(told) == 4  # of each rank, and of the agent
     files = [(folder / "generation_1" / rank / "stdout.log").read_text() for rank in ("0", "1", "2")]
     assert files == ["pear 0\n", "apple 1\n", "pear 2\n"]
 
@@ -138,6 +158,7 @@ time.sleep(1000)
     assert f"error_file: {tmp_path}/runs/fails/generation_1/1/error.json" in table
     assert "out of luck" in table
     assert "Other failures" not in table  # rank 0 was ended by us
+    assert run.stdout == ""  # nor Ray's notice that a worker has died
 
 
 def test_what_a_script_raised_is_in_the_table(one_node, command):
@@ -202,6 +223,57 @@ def test_a_launcher_that_is_told_to_end_lets_ranks_clean_up(one_node, command, n
     assert "the run is stopped" in run.stderr
 
 
+def test_a_second_ctrl_c_ends_at_once_what_takes_no_notice(one_node, command):
+    deaf = """
+import subprocess
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+kids = [subprocess.Popen(["sleep", "1000"], start_new_session=new).pid for new in (False, True)]
+say(f"up-{RANK}", [os.getpid(), *kids])
+wait_for("never")
+"""
+    run = command("LOGS --nproc-per-node=2 --shutdown-timeout=600 train.py", deaf)
+    pids = json.loads(run.wait_for("up-0")) + json.loads(run.wait_for("up-1"))
+    run.signal(signal.SIGINT)
+    eventually(lambda: "the workers have 600 s" in run.stderr, "the first Ctrl-C is heard")
+    assert all(map(runs, pids))
+    run.signal(signal.SIGINT)
+    assert run.process.wait(30) == 130, run.stderr
+    assert not any(map(runs, pids))
+    assert "once more" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_whole_process_group_leaves_a_standalone_ray_to_the_launcher(tmp_path, number, code):
+    """As `timeout`, a batch system or a terminal sends it. Ray would be gone under the launcher, which then hung."""
+    (tmp_path / "train.py").write_text(PRELUDE + CLEANS_UP)
+    line = f"--standalone --spares 0 --log-dir {tmp_path / 'runs'} train.py"
+    run = CommandLine(None, tmp_path, line.split(), start_new_session=True)
+    try:
+        run.wait_for("up-0")
+        os.killpg(run.process.pid, number)
+        assert run.process.wait(30) == code, run.stderr
+        assert said(run, "cleaned-up-0") == signal.SIGTERM
+    finally:
+        run.end()
+
+
+@pytest.mark.slow
+def test_a_launcher_ends_though_its_cluster_is_gone(tmp_path):
+    (tmp_path / "train.py").write_text(PRELUDE + CLEANS_UP)
+    line = f"--standalone --spares 0 --shutdown-timeout=1 --log-dir {tmp_path / 'runs'} train.py"
+    run = CommandLine(None, tmp_path, line.split())
+    try:
+        run.wait_for("up-0")
+        store = [one for one in psutil.Process(run.process.pid).children() if one.name() == "gcs_server"]
+        assert len(store) == 1
+        store[0].kill()
+        run.signal(signal.SIGTERM)
+        assert run.process.wait(120) == 143, run.stderr
+    finally:
+        run.end()
+
+
 @pytest.mark.slow
 def test_ranks_that_take_no_notice_get_no_more_than_the_shutdown_timeout(one_node, command):
     deaf = 'signal.signal(signal.SIGTERM, signal.SIG_IGN); say("up"); wait_for("never")'
@@ -236,7 +308,6 @@ if count == "0":
 
 @pytest.mark.slow
 def test_standalone_starts_a_ray_and_stops_only_that(one_node, tmp_path):
-    import psutil
 
     def rays() -> set[int]:
         return {one.pid for one in psutil.process_iter(["name"]) if one.info["name"] in ("raylet", "gcs_server")}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from raylaunch.coordinator.agent_rendezvous import Settings
+from raylaunch.coordinator.agent_messages import Settings
 from raylaunch.torchrun.backend.conf import Conf, read_conf
 
 

@@ -9,19 +9,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from raylaunch.coordinator.agent_rendezvous import (
-    RETURN_SECONDS,
-    AgentRendezvous,
-    Answer,
-    Closing,
-    Heard,
-    Place,
-    Refusal,
-    Report,
-    Settings,
-    Tick,
-    Wish,
-)
+from raylaunch.coordinator.agent_messages import Answer, Closing, Heard, Place, Refusal, Report, Settings, Tick, Wish
+from raylaunch.coordinator.agent_rendezvous import RETURN_SECONDS, AgentRendezvous
 
 SILENCE = 10.0
 JOIN = 100.0

@@ -68,6 +68,9 @@ LINES = [
     "--event-log-handler console --logs-specs mine --rdzv-conf join_timeout=3,timeout=4 train.py",
     "-- --odd-name.py --flag",
     "train.py --nnodes 2 -- --standalone",
+    "train.py -- --standalone",
+    "-m package.train -- -- x",
+    "-- train.py -- x",
 ]
 
 

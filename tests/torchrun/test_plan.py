@@ -236,6 +236,8 @@ def test_what_has_no_effect_is_said_once_in_one_line(option):
         ("--signals-to-handle=SIGKILL t.py", "lets nobody handle SIGKILL"),
         ("--no-python --module t.py", "Don't use both the '--no-python' flag and the '--module' flag"),
         ("--standalone --nnodes=2 t.py", "--standalone: starts a Ray of one node"),
+        ("--standalone --address=h:1 t.py", "--standalone: starts a Ray of its own, --address=h:1 names one"),
+        ("--nproc-per-node=99999999999 t.py", "num_workers=(99999999999, 99999999999): the minimum must be at most"),
         ("--num-workers=2 --nproc-per-node=2 t.py", "--num-workers=2: counts workers wherever they fit"),
         ("--num-workers=2 --nnodes=2 t.py", "--nnodes by nodes: give one"),
         ("--num-workers=0 t.py", "--num-workers=0: the minimum must be > 0"),

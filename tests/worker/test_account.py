@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -51,6 +53,17 @@ def test_the_last_line_of_a_stderr_without_a_traceback(told):
     ending = told(Ending(EndKind.EXITED, exit_code=3), printed="reading\nthe data is not there\n\n")
     assert (ending.message, ending.exit_code) == ("the data is not there", 3)
     assert ending.traceback == "reading\nthe data is not there\n"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups are of Python 3.11")
+def test_a_group_of_exceptions_is_named_by_its_own_line(told):
+    text = "raise __builtins__.ExceptionGroup('many', [ValueError('a'), TypeError('b')]) from KeyError('c')"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    ending = told(printed=f"a warning\n{done.stderr}")
+    assert ending.error_type == "ExceptionGroup"
+    assert ending.message.startswith("ExceptionGroup: many (2 sub-exceptions)\n")
+    assert "TypeError: b" in ending.traceback
+    assert told(printed=f"{done.stderr}\nTraceback (most recent call last):\nOSError: late\n").error_type == "OSError"
 
 
 @pytest.mark.parametrize("how", ["recorded", "printed"])

@@ -222,9 +222,13 @@ def test_what_others_have_set_for_themselves_reaches_no_command(where):
         "RAY_JOB_ID": "3",
         "CUDA_VISIBLE_DEVICES": "0",
         "RAYLAUNCH_TOKEN": "other",
+        "MPI_LOCALRANKID": "3",
+        "MV2_COMM_WORLD_RANK": "3",
+        "PYTHONBREAKPOINT": "ray.util.rpdb.set_trace",
     }
     node, driver = (others, {}) if where == "node" else ({}, others)
     assert not set(command(node, driver)) & set(others)
+    assert command(node, {"PYTHONBREAKPOINT": "0"})["PYTHONBREAKPOINT"] == "0"  # the user's own
 
 
 def test_what_runtime_env_ships_stays_importable():

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,26 @@ def test_a_fork_is_like_a_fresh_interpreter(node, entry):
         [sys.executable, "-u", *how, *order.args], cwd=node.folder, capture_output=True, text=True, check=True
     )
     assert Path(order.stderr).read_text() == ""
+    assert json.loads(Path(order.stdout).read_text()) == json.loads(fresh.stdout)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_folder_and_a_zip_are_like_those_of_a_fresh_interpreter(node, kind):
+    text = says("[sys.argv, sys.path, __name__, os.path.basename(__file__)]")
+    if kind == "folder":
+        (node.folder / "app").mkdir()
+        (node.folder / "app" / "__main__.py").write_text(text)
+    else:
+        with zipfile.ZipFile(node.folder / "app", "w") as file:
+            file.writestr("__main__.py", text)
+    order = node.order("", "a", env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+    order = Order(**{**vars(order), "target": "app"})
+    client = node.client()
+    client.start(order)
+    client.wait()
+    fresh = subprocess.run(
+        [sys.executable, "-u", "app", "a"], cwd=node.folder, capture_output=True, text=True, check=True
+    )
     assert json.loads(Path(order.stdout).read_text()) == json.loads(fresh.stdout)
 
 

@@ -114,6 +114,30 @@ def test_what_is_read_at_a_time_is_bounded_and_each_source_keeps_its_order(tmp_p
     assert read == written
 
 
+def test_one_that_never_stops_keeps_nobody_waiting_and_no_line_is_cut_for_another(tmp_path):
+    followers = Followers()
+    texts = {"flood": b"\r 1%\r" + b"x" * 500_000 + b"\r" * 100_000 + b"\n", "quiet": b"hear me\n"}
+    sources = {name: Source(1, rank, "stdout") for rank, name in enumerate(texts)}
+    for name, source in sources.items():
+        (tmp_path / name).write_bytes(texts[name] * (20 if name == "flood" else 1))
+        followers.follow(source, str(tmp_path / name), 0)
+    output = followers.read(ended=False)
+    heard = next(number for number, (source, _) in enumerate(output) if source == sources["quiet"])
+    assert b"".join(data for _, data in output[:heard]) == texts["flood"]  # one whole line of it
+    with (tmp_path / "quiet").open("ab") as file:
+        file.write(b"again\n")
+    rest = followers.read(ended=False) + followers.read(ended=False)
+    assert b"again\n" in [data for source, data in rest if source == sources["quiet"]]
+
+
+def test_stdout_is_shown_before_stderr_of_the_same_moment(tmp_path):
+    followers = Followers()
+    for stream in ("stderr", "stdout"):
+        (tmp_path / stream).write_bytes(b"text\n")
+        followers.follow(Source(1, 0, stream), str(tmp_path / stream), 0)
+    assert [source.stream for source, _ in followers.read(ended=False)] == ["stdout", "stderr"]
+
+
 def test_old_generations_are_read_to_the_end_and_let_go(tmp_path):
     followers = Followers()
     for generation in range(1, 5):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raylaunch.coordinator.agent_rendezvous import Settings
+from raylaunch.coordinator.agent_messages import Settings
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousParameters

@@ -10,10 +10,10 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from raylaunch.coordinator.agent_rendezvous import Answer, Connected, Lost
+from raylaunch.coordinator.agent_messages import Answer, Connected, Lost
 
 if TYPE_CHECKING:
-    from raylaunch.coordinator.agent_rendezvous import Report
+    from raylaunch.coordinator.agent_messages import Report
 
 
 #: How long the process may take to end once it has closed its end, in seconds.
@@ -97,5 +97,5 @@ class Contact:
             self._process.wait(EXIT_SECONDS)
         code = self._process.returncode
         return ContactLostError(
-            f"the process that keeps it has ended (exit code {code}), as it does when Ray ends on this node"
+            f"the process that keeps it has ended (exit code {code}), as it does when the Ray cluster is gone"
         )

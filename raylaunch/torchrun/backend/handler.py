@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from raylaunch.coordinator.agent_rendezvous import Answer, Closing, Place, Refusal, Report, Wish
+from raylaunch.coordinator.agent_messages import Answer, Closing, Place, Refusal, Report, Wish
 from raylaunch.torchrun.backend.conf import read_conf
 from raylaunch.torchrun.backend.contact import Contact, ContactLostError
 from raylaunch.worker.process_group import open_store
