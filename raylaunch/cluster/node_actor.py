@@ -160,8 +160,9 @@ class NodeAgent:
         """
         loop = asyncio.get_running_loop()
         stubborn = await self._end_processes(list(self._processes.values()), seconds)
-        if self._forker is not None:
-            await loop.run_in_executor(None, self._forker.end, at_once)
+        if self._forker is not None and self._seats is not None:
+            # One that nobody has been answered by yet still imports: it has no ranks that need time.
+            await loop.run_in_executor(None, self._forker.end, at_once or not self._seats.answered)
         found = await loop.run_in_executor(None, strays, self._token, self._directory)
         stubborn += await self._end_processes([process for process, _ in found], seconds)
         shutil.rmtree(self._directory, ignore_errors=True)

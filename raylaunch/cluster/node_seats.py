@@ -41,6 +41,8 @@ class NodeSeats:
         self._pulse = pulse
         self._end = end
         self._seats: dict[int, ForkedSeat] = {}
+        #: Whether any worker has ever been there.
+        self.answered = False
         self._threads: dict[int, ThreadPoolExecutor] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = _listen(directory)
@@ -85,6 +87,7 @@ class NodeSeats:
         self._threads[worker] = ThreadPoolExecutor(1, f"raylaunch-seat-{worker}")
         hello = await self._do(worker, "hello")
         if isinstance(hello, Hello):
+            self.answered = True
             task = asyncio.get_running_loop().create_task(self._live(worker))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
