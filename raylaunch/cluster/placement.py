@@ -99,7 +99,7 @@ def _growth(name: str) -> bool:
 def shortage(spec: RunSpec, groups: list[PlacementGroup]) -> str:
     """What the run wants, what each node has, and Ray's own reason: for people, over several lines."""
     wanted = spec.bundle_resources
-    available = _ask(_state().available_resources_per_node)  # leaves out draining nodes, which ray.nodes() doesn't
+    available = free_resources()
     lines = [f"wanted: {spec.bounds.min_units} x {_amounts(wanted)}, strategy {spec.placement_strategy}"]
     if spec.label_selector:
         lines[0] += f", labels {spec.label_selector}"
@@ -115,6 +115,17 @@ def shortage(spec: RunSpec, groups: list[PlacementGroup]) -> str:
         if info and info["state"] not in ("CREATED", "REMOVED"):
             lines.append(f"Ray: group {info['name']} is {info['state']} ({info['stats']['scheduling_state']})")
     return "\n".join(lines[:20])
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """What each node has free, by node id and Ray's names. Leaves out draining nodes, which ray.nodes() doesn't."""
+    free: dict[str, dict[str, float]] = _ask(_state().available_resources_per_node)
+    return free
+
+
+def total_resources() -> dict[str, dict[str, float]]:
+    """What each node that lives has in all, by node id and Ray's names."""
+    return {node["NodeID"]: node["Resources"] for node in _ask(ray.nodes) if node["Alive"]}
 
 
 def _ask(question: Callable[..., Any], *arguments: Any) -> Any:
