@@ -24,6 +24,7 @@ class News:
 
     epoch: str
     seq: int
+    version: int
     entries: dict[str, Entry]
     group: Group
 
@@ -66,8 +67,8 @@ class BoardDoor:
             await asyncio.wait_for(self._wait(epoch, seq, names, group), NEWS_SECONDS)
         told = self._driver_told.is_set() or names is None
         if not told:  # not this epoch's yet: the asker must ask again
-            return News("", 0, {}, self._group)
-        return News(self._epoch, self._board.seq, self._since(epoch, seq, names), self._group)
+            return News("", 0, 0, {}, self._group)
+        return News(self._epoch, self._board.seq, self._board.version, self._since(epoch, seq, names), self._group)
 
     async def _wait(self, epoch: str, seq: int, names: frozenset[str] | None, group: Group) -> None:
         if names is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent import futures
 from types import TracebackType
 from typing import Any
 
@@ -42,6 +43,7 @@ class BoardLink:
         self._names = None if copy.writer == DRIVER else FOR_RANKS
         self._coordinator: Any = None
         self._closed = threading.Event()
+        self._over: futures.Future[None] = futures.Future()  # done when closed, for those who wait for an answer too
         self._heard = threading.Event()
         self._lost = threading.Event()  # the coordinator may have lost what was told
         self._lost.set()
@@ -59,13 +61,14 @@ class BoardLink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go; calls that are open end when the coordinator does."""
+        """Let go."""
         if self._generation is not None:
             self._flush()
         self._closed.set()
+        self._over.set_result(None)
 
     def join(self, seconds: float) -> None:
-        """Wait, bounded, for the threads of a link that has been left, and whose coordinator is gone."""
+        """Wait, bounded, for the threads of a link that has been left."""
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -94,7 +97,7 @@ class BoardLink:
             if news.epoch != epoch:
                 self._lost.set()
             epoch, seq = news.epoch, news.seq
-            self._copy.take(news.entries, news.group)
+            self._copy.take(news.entries, news.group, news.version)
             self._heard.set()
 
     def _send(self) -> None:
@@ -123,5 +126,7 @@ class BoardLink:
             raise ConnectionError("the connection to Ray is closed")
         if self._coordinator is None:  # by its name: what runs in a rank has no other door to it
             self._coordinator = ray.get_actor(actor_name(self._run_id), namespace=NAMESPACE)
-        answer = getattr(self._coordinator, method).remote(*arguments)
-        return ray.get(answer, timeout=seconds + ANSWER_SECONDS)
+        # No ray.get: in a thread, Ray 2.60 raises SystemExit there when its session ends.
+        answer: futures.Future[Any] = getattr(self._coordinator, method).remote(*arguments).future()
+        futures.wait([answer, self._over], seconds + ANSWER_SECONDS, futures.FIRST_COMPLETED)
+        return answer.result(0)

@@ -47,24 +47,28 @@ class Group:
 
 
 class Board:
-    """One copy of the board. `seq` rises with every change of this copy."""
+    """One copy of the board. `seq` rises with every change of this copy; `version` is the highest that it knows of."""
 
     def __init__(self) -> None:
         self.seq = 0
         self._entries: dict[str, Entry] = {}
         self._changed: dict[str, int] = {}
-        self._version = 0
+        self.version = 0
 
     def put(self, name: str, value: Any, writer: int) -> None:
         """Write a value: it wins over all that this copy has seen."""
-        self.offer({name: Entry(self._version + 1, writer, value)})
+        self.offer({name: Entry(self.version + 1, writer, value)})
 
-    def offer(self, entries: Mapping[str, Entry]) -> None:
-        """Take in what another copy has, where it is later."""
+    def offer(self, entries: Mapping[str, Entry], version: int = 0) -> None:
+        """Take in what another copy has, where it is later. `version`: the highest that the other knows of.
+
+        Who hears only some of the names needs that too, or what he puts would lose against what he hasn't heard.
+        """
         unknown = entries.keys() - NAMES
         assert not unknown, f"no such names: {sorted(unknown)}"
+        self.version = max(self.version, version)
         for name, entry in entries.items():
-            self._version = max(self._version, entry.version)
+            self.version = max(self.version, entry.version)
             known = self._entries.get(name)
             if known is None or known.stamp < entry.stamp:
                 self.seq += 1

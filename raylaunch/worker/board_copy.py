@@ -42,10 +42,10 @@ class BoardCopy:
             self._board.put(name, value, self.writer)
             self._changed.notify_all()
 
-    def take(self, entries: Mapping[str, Entry], group: Group | None = None) -> None:
+    def take(self, entries: Mapping[str, Entry], group: Group | None = None, version: int = 0) -> None:
         """Take in what was heard."""
         with self._changed:
-            self._board.offer(entries)
+            self._board.offer(entries, version)
             self._group = group or self._group
             self._changed.notify_all()
 

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from harness import Run, eventually
+from launches import QUICK
 
 import raylaunch
 from raylaunch import ConfigError, ElasticLauncher, RunFailedError
-
-QUICK = {"spares": 0}
-
-
-class Launch(Run):
-    """A launch in the background: the function gets the launcher as its first argument."""
-
-    def __init__(self, cluster, function, launcher, tmp_path, *args):
-        self.launcher = launcher.update_params(rdzv_id=f"test-{os.urandom(4).hex()}", log_dir=str(tmp_path / "runs"))
-        self.launcher.update_params(run_options={**QUICK, **launcher.config.run_options}).freeze()
-        self._args = args
-        super().__init__(cluster, function, {"run_id": launcher.config.rdzv_id, "log_dir": launcher.config.log_dir})
-
-    def _carry_out(self, train_fn, arguments):
-        return self.launcher(train_fn, self.launcher, *self._args)
-
-
-@pytest.fixture
-def launch(request, tmp_path):
-    """Launch in the background on the module's cluster."""
-    from harness import nothing_is_left
-
-    name = next(name for name in ("two_nodes", "one_node", "gpu_node") if name in request.fixturenames)
-    cluster = request.getfixturevalue(name)
-    runs = []
-
-    def start(function, launcher, *args):
-        runs.append(Launch(cluster, function, launcher, tmp_path, *args))
-        return runs[-1]
-
-    yield start
-    for run in runs:
-        eventually(run.done, f"{run.id} is over")
-    nothing_is_left(tmp_path / "runs")
+from raylaunch.elastic import set_trace
 
 
 def what_a_rank_sees(launcher, first, *, second="default"):
@@ -118,3 +89,121 @@ def test_every_rank_sees_where_it_stands_and_the_values_come_back_by_rank(two_no
     # On the driver it is outside again.
     assert raylaunch.get_current_launcher().eager_mode
     assert (launcher.rank, launcher.world_size, launcher.rdzv_id) == (0, 1, "where")
+
+
+def test_what_a_rank_raises_is_raised_on_the_driver_and_what_cannot_be_called_is_refused(one_node, tmp_path):
+    launcher = ElasticLauncher("cpu:0-1", log_dir=str(tmp_path), run_options=QUICK).freeze()
+
+    def fails(launcher):
+        if launcher.rank == 1:
+            raise KeyError("column")
+        launcher.between_steps()
+        launcher.between_steps()  # waits for rank 1
+
+    with pytest.raises(KeyError) as caught:
+        launcher(fails, launcher)
+    assert isinstance(caught.value, RunFailedError)
+    assert caught.value.root_cause.rank == 1
+    with pytest.raises(ConfigError, match="don't fit train_fn, which is fails"):
+        launcher(fails, launcher, 1)
+    with pytest.raises(ConfigError, match="nxcl"):
+        launcher.clone().update_params(dist_backend="nxcl")(fails)
+
+
+def test_what_others_decide_is_said_once(one_node, tmp_path, caplog):
+    launcher = ElasticLauncher("cpu", master_port=29500, node_rank=3, log_dir=str(tmp_path), run_options=QUICK)
+    assert launcher(lambda: os.environ["MASTER_PORT"] == "29500") == [False]
+    (said,) = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert "node_rank=3 (the coordinator gives the ranks)" in said
+    assert "master_port=29500 (the endpoint has a port that rank 0 has bound)" in said
+
+
+class Leaves:
+    """Notes when its process group is destroyed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, launcher):
+        import torch.distributed as dist
+
+        destroy = dist.destroy_process_group
+
+        def noted(*args):
+            destroy(*args)
+            (self.path / f"{launcher.rank}").touch()
+
+        dist.destroy_process_group = noted
+        return dist.is_initialized()
+
+
+def test_the_process_group_is_destroyed_in_the_end(one_node, tmp_path):
+    launcher = ElasticLauncher("cpu:0-1", log_dir=str(tmp_path / "runs"), run_options=QUICK)
+    (tmp_path / "left").mkdir()
+    assert launcher(Leaves(tmp_path / "left"), launcher) == [True, True]
+    assert sorted(path.name for path in (tmp_path / "left").iterdir()) == ["0", "1"]
+
+
+def prints(launcher):
+    print(f"out of {launcher.rank}")
+    os.write(2, f"err of {launcher.rank}\n".encode())  # as a library does
+
+
+def test_redirects_and_tee_write_files_of_each_rank(one_node, tmp_path):
+    launcher = ElasticLauncher("cpu:0-1", redirects="2", tee="0:1", log_dir=str(tmp_path), rdzv_id="prints")
+    launcher.update_params(run_options=QUICK)
+    launcher(prints, launcher)
+    folder = tmp_path / "prints" / "generation_1"
+    written = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.log")}
+    assert written == {
+        "0/stdout.log": "out of 0\n",
+        "0/stderr.log": "err of 0\n",
+        "1/stderr.log": "err of 1\n",
+    }
+
+
+def stops_in_rank_1(launcher):
+    value = launcher.rank
+    set_trace(rank=1)
+    return value
+
+
+def test_a_rank_stops_in_a_debugger_and_the_others_wait(one_node, launch, tmp_path, caplog):
+    run = launch(stops_in_rank_1, ElasticLauncher("cpu:0-1"))
+
+    def command():
+        found = [re.search(r"raylaunch.elastic.remote_pdb (\S+)", record.getMessage()) for record in caplog.records]
+        return next((one[1] for one in found if one), None)
+
+    path = run.wait_until(command, "the debugger")
+    assert not run.done()
+    typed = "p value\nvalue = 41 + value\nc\n"
+    attached = subprocess.run(
+        [sys.executable, "-m", "raylaunch.elastic.remote_pdb", path],
+        input=typed,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "-> return value" in attached.stdout
+    assert "(Pdb) 1\n" in attached.stdout
+    assert run.result() == [0, 42]
+
+
+def test_a_debugger_that_nobody_attaches_to_lets_the_rank_go(one_node, tmp_path):
+    launcher = ElasticLauncher("cpu:0-1", log_dir=str(tmp_path), run_options=QUICK)
+
+    def stops(launcher):
+        set_trace(rank=0, timeout=0.2)
+        return launcher.rank
+
+    assert launcher(stops, launcher) == [0, 1]
+    missing = subprocess.run(
+        [sys.executable, "-m", "raylaunch.elastic.remote_pdb", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert missing.returncode == 1
+    assert "no debugger waits at" in missing.stderr
