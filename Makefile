@@ -29,6 +29,8 @@ demo: $(READY)  ## training on two local nodes, through a killed worker, a kille
 examples: $(READY)  ## the small examples
 	$(BIN)/python examples/hello_ranks.py
 	$(BIN)/python examples/ddp_digits.py
+	$(BIN)/python examples/elastic_launcher.py
+	$(BIN)/python examples/elastic_launcher.py --eager
 
 test: $(READY)  ## the tests, without the slow ones: at most 8 minutes on 2 cores
 	$(BIN)/pytest -m "not slow"

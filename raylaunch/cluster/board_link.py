@@ -61,8 +61,8 @@ class BoardLink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go."""
-        if self._generation is not None:
+        """Let go; a rank that returns sends its last words before."""
+        if self._generation is not None and kind is None:
             self._flush()
         self._closed.set()
         self._over.set_result(None)
@@ -71,7 +71,8 @@ class BoardLink:
         """Wait, bounded, for the threads of a link that has been left."""
         until = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            if thread.ident is not None:  # otherwise the launch failed before it
+                thread.join(max(0.0, until - time.monotonic()))
 
     def wait_until_heard(self, seconds: float) -> bool:
         """Wait until what stands on the board is known here; whether that came in time."""

@@ -86,18 +86,19 @@ def _claim_all(spec: RunSpec, highest: int) -> list[Claim]:
                 name = f"raylaunch:{spec.run_id}:gpu:{node}:{number}"
                 wanted.append((node, placement_group([{"GPU": 1}], name=name, bundle_label_selector=[labels])))
     found: dict[str, dict[int, PlacementGroup]] = {}
-    until = time.monotonic() + CLAIM_SECONDS
     try:
         probes = {placement.probe_devices(group, 0, 1): (node, group) for node, group in wanted}
-        ready, _ = ray.wait(list(probes), num_returns=len(probes), timeout=max(0.0, until - time.monotonic()))
+        ready, _ = ray.wait(list(probes), num_returns=len(probes), timeout=CLAIM_SECONDS)
         for reference in ready:
             node, group = probes[reference]
             _, devices = ray.get(reference)
             if len(devices) == 1 and devices[0].isdigit():
                 found.setdefault(node, {})[int(devices[0])] = group
-    finally:
-        kept = {id(group) for groups in found.values() for group in groups.values()}
-        _release([group for _, group in wanted if id(group) not in kept])
+    except BaseException:
+        _release([group for _, group in wanted])
+        raise
+    kept = {id(group) for groups in found.values() for group in groups.values()}
+    _release([group for _, group in wanted if id(group) not in kept])
     return [Claim(node, groups) for node, groups in found.items()]
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 
 def on_the_terminal(frame: FrameType) -> None:
@@ -66,13 +66,20 @@ class _VisitedPdb(pdb.Pdb):
     """pdb on a connection, which tells when it lets the program go."""
 
     def __init__(self, connection: socket.socket, end: Callable[[], None]) -> None:
-        stream: IO[str] = connection.makefile("rw", buffering=1)
-        super().__init__(stdin=stream, stdout=stream, nosigint=True)
+        # Two, since one that is read and written forgets what it has read ahead.
+        typed, shown = connection.makefile("r"), connection.makefile("w", buffering=1)
+        super().__init__(stdin=typed, stdout=shown, nosigint=True)
         self.use_rawinput = False
         self.prompt = "(Pdb) "
         self._connection = connection
-        self._stream = stream
+        self._streams: tuple[IO[str], ...] = (typed, shown)
         self._end = end
+
+    def interaction(self, *where: Any) -> None:
+        try:
+            super().interaction(*where)
+        except OSError:  # the terminal has gone
+            self.set_quit()
 
     def set_continue(self) -> None:
         super().set_continue()
@@ -80,14 +87,15 @@ class _VisitedPdb(pdb.Pdb):
             self._let_go()
 
     def set_quit(self) -> None:
-        """`q`, or the terminal has gone: the program goes on, rather than end all ranks."""
+        """`q`: the program goes on, rather than end all ranks."""
         self.clear_all_breaks()
         self.set_continue()
 
     def _let_go(self) -> None:
         self._end()
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.close()
+        for stream in self._streams:
+            with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+                stream.close()
         self._connection.close()
 
 
