@@ -1,17 +1,14 @@
 """Chosen GPUs: makes Ray give a run's bundles the indices that its user wants, on every node, or says why it can't.
 
 Ray (2.60) gives a bundle the lowest free indices of its node, and takes no wish. So all free GPUs of a node are
-reserved one by one, those that are wanted are given back, and the others are held until the run's group has taken what
-is free.
-In between somebody else may take one: then a rank finds others than it wants, and says so.
+reserved one by one, those that are wanted are given back, and the others are held until a bundle of the run has taken
+what is free there. In between somebody else may take one: then a rank finds others than it wants, and says so.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,13 +19,12 @@ from raylaunch.cluster import placement
 from raylaunch.errors import ConfigError, short_id
 from raylaunch.spec import RunSpec
 
-logger = logging.getLogger("raylaunch")
-
-#: How long Ray may take to reserve a node's free GPUs and to say which they are, in seconds.
+#: How long Ray may take to reserve the nodes' free GPUs and to say which they are, in seconds.
 CLAIM_SECONDS = 30.0
-#: How long those that are not wanted are held while the run's group is on its way, in seconds.
-HOLD_SECONDS = 60.0
-LOOK_SECONDS = 0.05
+#: How often it is looked on which nodes the run's bundles are, in seconds: Ray pushes that to their owner only.
+LOOK_SECONDS = 0.25
+#: How long the thread that looks may take to end, in seconds.
+END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -38,55 +34,65 @@ class Claim:
     node: str
     groups: dict[int, PlacementGroup]
 
+    def release(self) -> None:
+        """Give all of them back."""
+        _release(list(self.groups.values()))
+        self.groups.clear()
+
 
 @contextmanager
-def chosen_gpus(spec: RunSpec, indices: tuple[int, ...], placed: Callable[[], bool]) -> Iterator[RunSpec]:
+def chosen_gpus(spec: RunSpec, indices: tuple[int, ...]) -> Iterator[RunSpec]:
     """The spec, for nodes on which the wanted GPUs are free and will be the run's, for the block.
 
-    Nodes that come later are not used: nobody reserves on them. `placed`: whether the run's group is there.
+    Nodes that come later are not used: nobody reserves on them.
 
     Raises:
         ConfigError: Ray has given them to somebody else on too many nodes.
     """
-    claims: list[Claim] = []
+    if placement.NODE_LABEL in (spec.label_selector or {}):
+        raise ConfigError(
+            f"label_selector={spec.label_selector!r}: with chosen GPUs, the nodes are chosen by what is free there"
+        )
+    claims = _claim_all(spec, max(indices))
     over = threading.Event()
+    releaser = threading.Thread(
+        target=_release_when_placed, args=(claims, spec.run_id, over), name="raylaunch-gpus", daemon=True
+    )
     try:
-        claims += _claim_all(spec, max(indices))
         fitting = [claim for claim in claims if set(indices) <= claim.groups.keys()]
         if len(fitting) < spec.bounds.min_units:
             raise ConfigError(_refusal(spec, indices, claims))
         chosen = fitting[: spec.bounds.max_units]
-        for claim in [one for one in claims if one not in chosen]:
-            _release(list(claim.groups.values()))
-        for claim in chosen:
-            _release([claim.groups.pop(index) for index in indices])
-        claims[:] = chosen
-        held = [group for claim in chosen for group in claim.groups.values()]
-        releaser = threading.Thread(target=_release_when, args=(held, placed, over), name="raylaunch-gpus", daemon=True)
-        releaser.start()
-        claims.clear()  # they are the thread's
+        for claim in claims:
+            if claim in chosen:
+                _release([claim.groups.pop(index) for index in indices])
+            else:
+                claim.release()
         labels = {**(spec.label_selector or {}), placement.NODE_LABEL: f"in({','.join(one.node for one in chosen)})"}
-        try:
-            yield replace(spec, label_selector=labels)
-        finally:
-            over.set()
-            releaser.join(CLAIM_SECONDS)
+        releaser.start()
+        yield replace(spec, label_selector=labels)
     finally:
-        _release([group for claim in claims for group in claim.groups.values()])
+        over.set()
+        if releaser.ident is not None:
+            releaser.join(END_SECONDS)
+        for claim in claims:
+            claim.release()
 
 
 def _claim_all(spec: RunSpec, highest: int) -> list[Claim]:
     """Reserve every free GPU of the nodes that could serve."""
     available = placement.free_resources()
     wanted: list[tuple[str, PlacementGroup]] = []
-    for node, resources in placement.total_resources().items():
-        if resources.get("GPU", 0) > highest:
-            labels = {**(spec.label_selector or {}), placement.NODE_LABEL: node}
-            for number in range(int(available.get(node, {}).get("GPU", 0))):
-                name = f"raylaunch:{spec.run_id}:gpu:{node}:{number}"
-                wanted.append((node, placement_group([{"GPU": 1}], name=name, bundle_label_selector=[labels])))
     found: dict[str, dict[int, PlacementGroup]] = {}
     try:
+        for node, resources in placement.total_resources().items():
+            if resources.get("GPU", 0) > highest:
+                labels = {**(spec.label_selector or {}), placement.NODE_LABEL: node}
+                for number in range(int(available.get(node, {}).get("GPU", 0))):
+                    name = f"raylaunch:{spec.run_id}:gpu:{node}:{number}"
+                    wanted.append((node, placement_group([{"GPU": 1}], name=name, bundle_label_selector=[labels])))
+        if not wanted:
+            return []
         probes = {placement.probe_devices(group, 0, 1): (node, group) for node, group in wanted}
         ready, _ = ray.wait(list(probes), num_returns=len(probes), timeout=CLAIM_SECONDS)
         for reference in ready:
@@ -106,22 +112,25 @@ def _refusal(spec: RunSpec, indices: tuple[int, ...], claims: list[Claim]) -> st
     free = {claim.node: sorted(claim.groups) for claim in claims}
     lines = []
     for node, resources in placement.total_resources().items():
-        if not resources.get("GPU"):
-            continue
         missing = [index for index in indices if index not in free.get(node, [])]
-        there = ", ".join(map(str, free.get(node, []))) or "none"
-        if missing:
-            which = ", ".join(map(str, missing))
+        if missing and resources.get("GPU", 0) > max(indices):
+            which, there = ", ".join(map(str, missing)), ", ".join(map(str, free.get(node, []))) or "none"
             lines.append(f"node {short_id(node)}: Ray has given GPU {which} to somebody else; free: {there}")
-    wish = ",".join(map(str, indices))
-    return f"devices='cuda:{wish}': not free on {spec.bounds.min_units} node(s). " + "; ".join(lines)
+    nodes = spec.bounds.min_units
+    wish = f"devices='cuda:{','.join(map(str, indices))}': not free on {nodes} node{'s' * (nodes != 1)}. "
+    return wish + "; ".join(lines[:10])
 
 
-def _release_when(groups: list[PlacementGroup], placed: Callable[[], bool], over: threading.Event) -> None:
-    until = time.monotonic() + HOLD_SECONDS
-    while not placed() and time.monotonic() < until and not over.wait(LOOK_SECONDS):
-        pass
-    _release(groups)
+def _release_when_placed(claims: list[Claim], run_id: str, over: threading.Event) -> None:
+    """Give back what is held on a node as soon as a bundle of the run is there."""
+    while any(claim.groups for claim in claims) and not over.wait(LOOK_SECONDS):
+        try:
+            nodes = placement.nodes_of_run(run_id)
+        except Exception:  # noqa: S112 - Ray's control store is away, or the session ends: the block's end releases all
+            continue
+        for claim in claims:
+            if claim.node in nodes:
+                claim.release()
 
 
 def _release(groups: list[PlacementGroup]) -> None:

@@ -50,6 +50,19 @@ def in_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStr
     return PlacementGroupSchedulingStrategy(group, bundle)
 
 
+def nodes_of_run(run_id: str) -> set[str]:
+    """The nodes on which bundles of a run are."""
+    return {
+        node
+        for info in _ask(placement_group_table).values()
+        if info["name"].startswith(
+            (group_name(run_id, 0, minimum=True)[:-1], group_name(run_id, 0, minimum=False)[:-1])
+        )
+        for node in info["bundles_to_node_id"].values()
+        if node
+    }
+
+
 def probe_devices(group: PlacementGroup, bundle: int, gpus: float) -> Any:
     """A reference to (node id, GPU indices) of a bundle: a short task there holds its GPUs and says which they are.
 

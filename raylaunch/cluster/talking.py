@@ -46,7 +46,7 @@ def launch_talking(
     try:
         with ExitStack() as stack:
             if indices is not None:
-                spec = stack.enter_context(chosen_gpus(spec, indices, lambda: copy.group.world_size > 0))
+                spec = stack.enter_context(chosen_gpus(spec, indices))
             session = stack.enter_context(Session(spec, setup, held=False))
             stack.enter_context(link)
             stack.enter_context(meanwhile)

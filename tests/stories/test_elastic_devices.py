@@ -7,7 +7,7 @@ import os
 import pytest
 from launches import QUICK
 
-from raylaunch import ConfigError, ElasticLauncher, RunFailedError
+from raylaunch import ConfigError, ElasticLauncher, RunFailedError, Timeouts
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,28 @@ def test_chosen_gpus_that_are_somebody_elses_are_refused_with_the_reason(on_gpus
     assert [visible for *_, visible in on_gpus("cuda:2-3", nnodes=2)] == [[2, 3]] * 4
 
 
+def test_gpus_on_a_second_node_are_held_until_the_launch_has_grown_into_it(on_gpus):
+    """The minimum is one node; the other comes with the last call, or a growth."""
+    values = on_gpus("cuda:3", nnodes="1:2", run_options={**QUICK, "timeouts": Timeouts(last_call=20)})
+    assert [visible for *_, visible in values] == [[3], [3]]
+
+
+def test_no_gpu_that_is_free_at_all_is_refused_too(on_gpus, gpu_nodes):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([{"GPU": 4}, {"GPU": 4}])
+    ray.get(group.ready(), timeout=60)
+    try:
+        with pytest.raises(ConfigError, match=r"not free on 1 node\. node .* GPU 0 to somebody else; free: none; node"):
+            on_gpus("cuda:0")
+    finally:
+        remove_placement_group(group)
+    label = {"ray.io/node-id": gpu_nodes.nodes[0].node_id}
+    with pytest.raises(ConfigError, match="the nodes are chosen by what is free there"):
+        on_gpus("cuda:0", run_options={**QUICK, "label_selector": label})
+
+
 def test_gpus_that_are_given_twice_are_shared_with_gloo(on_gpus):
     values = on_gpus("cuda:2,2", dist_backend="auto")
     assert values == [(0, "cuda:0", ["cuda:0", "cuda:0"], [2]), (1, "cuda:0", ["cuda:0", "cuda:0"], [2])]
@@ -104,7 +126,7 @@ def test_a_rank_that_ray_gives_other_gpus_than_those_chosen_says_so(on_gpus, mon
 
     from raylaunch.cluster import talking
 
-    monkeypatch.setattr(talking, "chosen_gpus", lambda spec, _indices, _placed: contextlib.nullcontext(spec))
+    monkeypatch.setattr(talking, "chosen_gpus", lambda spec, _indices: contextlib.nullcontext(spec))
     with pytest.raises(RunFailedError, match="given GPU 0: Ray has given the others to somebody else") as caught:
         on_gpus("cuda:3", max_restarts=5)
     assert isinstance(caught.value, ConfigError)
