@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raylaunch.coordinator.board import Board, Entry, Group
+from raylaunch.coordinator.board import Board, Group, Note
 
 #: How long a call waits for news, in seconds, before it is answered without any.
 NEWS_SECONDS = 10.0
@@ -25,7 +25,7 @@ class News:
     epoch: str
     seq: int
     version: int
-    entries: dict[str, Entry]
+    notes: dict[str, Note]
     group: Group
 
 
@@ -39,10 +39,10 @@ class BoardDoor:
         self._driver_told = asyncio.Event()
         self._waiting: dict[asyncio.Event, frozenset[str] | None] = {}
 
-    def offer(self, entries: Mapping[str, Entry], *, by_driver: bool) -> None:
+    def offer(self, notes: Mapping[str, Note], *, by_driver: bool) -> None:
         """Take in what somebody tells."""
         before = self._board.seq
-        self._board.offer(entries)
+        self._board.offer(notes)
         changed = self._board.since(before).keys()
         for event, names in self._waiting.items():
             if names is None or names & changed:
@@ -86,6 +86,6 @@ class BoardDoor:
         finally:
             del self._waiting[event]
 
-    def _since(self, epoch: str, seq: int, names: frozenset[str] | None) -> dict[str, Entry]:
+    def _since(self, epoch: str, seq: int, names: frozenset[str] | None) -> dict[str, Note]:
         known = seq if epoch == self._epoch else 0
         return self._board.since(known) if names is None else self._board.since(known, names)

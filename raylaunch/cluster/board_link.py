@@ -98,21 +98,21 @@ class BoardLink:
             if news.epoch != epoch:
                 self._lost.set()
             epoch, seq = news.epoch, news.seq
-            self._copy.take(news.entries, news.group, news.version)
+            self._copy.take(news.notes, news.group, news.version)
             self._heard.set()
 
     def _send(self) -> None:
         while not self._closed.is_set():
             if self._lost.is_set():
                 self._lost.clear()
-                entries, seq = self._copy.everything()
+                notes, seq = self._copy.everything()
             else:
-                entries, seq = self._copy.own_news(self._sent, IDLE_SECONDS)
-                if not entries:
+                notes, seq = self._copy.own_news(self._sent, IDLE_SECONDS)
+                if not notes:
                     self._sent = seq
                     continue
             try:
-                heard = self._call("offer", 0.0, entries, self._generation)
+                heard = self._call("offer", 0.0, notes, self._generation)
             except Exception:
                 heard = False
             if not heard:

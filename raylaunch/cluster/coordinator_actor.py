@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylaunch.cluster.board_door import BoardDoor, News
 from raylaunch.cluster.pulse import PulseReply, Pulses
-from raylaunch.coordinator.board import Entry, Group
+from raylaunch.coordinator.board import Group, Note
 from raylaunch.coordinator.commands import Process
 from raylaunch.coordinator.events import Event
 from raylaunch.coordinator.machine import Coordinator, Decision
@@ -131,14 +131,14 @@ class CoordinatorActor:
         await self._restored.wait()
         return self._machine.is_current(generation)
 
-    async def offer(self, entries: dict[str, Entry], generation: int | None) -> bool:
+    async def offer(self, notes: dict[str, Note], generation: int | None) -> bool:
         """Somebody tells what stands on his copy of the board: a rank of this generation, or (None) the driver.
 
         Whether it was heard: what a generation says that is not the live one isn't.
         """
         heard = generation is None or await self.is_current(generation)
         if heard:
-            self._board.offer(entries, by_driver=generation is None)
+            self._board.offer(notes, by_driver=generation is None)
         return heard
 
     async def news(self, epoch: str, seq: int, names: frozenset[str] | None, group: Group) -> News:

@@ -8,6 +8,7 @@ what is free there. In between somebody else may take one: then a rank finds oth
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from raylaunch.spec import RunSpec
 
 #: How long Ray may take to reserve the nodes' free GPUs and to say which they are, in seconds.
 CLAIM_SECONDS = 30.0
+#: How long GPUs that are somebody's may take to get free, in seconds, and how long to wait before each further try.
+SETTLE_SECONDS = 3.0
+AGAIN_SECONDS = 0.5
 #: How often it is looked on which nodes the run's bundles are, in seconds: Ray pushes that to their owner only.
 LOOK_SECONDS = 0.25
 #: How long the thread that looks may take to end, in seconds.
@@ -53,13 +57,12 @@ def chosen_gpus(spec: RunSpec, indices: tuple[int, ...]) -> Iterator[RunSpec]:
         raise ConfigError(
             f"label_selector={spec.label_selector!r}: with chosen GPUs, the nodes are chosen by what is free there"
         )
-    claims = _claim_all(spec, max(indices))
+    claims, fitting = _claim_fitting(spec, indices)
     over = threading.Event()
     releaser = threading.Thread(
         target=_release_when_placed, args=(claims, spec.run_id, over), name="raylaunch-gpus", daemon=True
     )
     try:
-        fitting = [claim for claim in claims if set(indices) <= claim.groups.keys()]
         if len(fitting) < spec.bounds.min_units:
             raise ConfigError(_refusal(spec, indices, claims))
         chosen = fitting[: spec.bounds.max_units]
@@ -70,13 +73,30 @@ def chosen_gpus(spec: RunSpec, indices: tuple[int, ...]) -> Iterator[RunSpec]:
                 claim.release()
         labels = {**(spec.label_selector or {}), placement.NODE_LABEL: f"in({','.join(one.node for one in chosen)})"}
         releaser.start()
-        yield replace(spec, label_selector=labels)
+        bounds = replace(spec.bounds, max_workers=len(chosen) * spec.bounds.unit)
+        yield replace(spec, label_selector=labels, bounds=bounds)
     finally:
         over.set()
         if releaser.ident is not None:
             releaser.join(END_SECONDS)
         for claim in claims:
             claim.release()
+
+
+def _claim_fitting(spec: RunSpec, indices: tuple[int, ...]) -> tuple[list[Claim], list[Claim]]:
+    """Reserve, and say which of the nodes have all that is wanted.
+
+    Ray's view of what is free comes late (2.60: some tenths of a second): what has just ended may still be in it.
+    """
+    until = time.monotonic() + SETTLE_SECONDS
+    while True:
+        claims = _claim_all(spec, max(indices))
+        fitting = [claim for claim in claims if set(indices) <= claim.groups.keys()]
+        if len(fitting) >= spec.bounds.min_units or time.monotonic() > until:
+            return claims, fitting
+        for claim in claims:
+            claim.release()
+        time.sleep(AGAIN_SECONDS)
 
 
 def _claim_all(spec: RunSpec, highest: int) -> list[Claim]:

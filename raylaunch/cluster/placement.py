@@ -6,7 +6,8 @@ nodes that die or drain and for other jobs' groups: `Survey` looks at those once
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +26,31 @@ NODE_LABEL = "ray.io/node-id"
 def create_group(spec: RunSpec, command: RequestBundles) -> PlacementGroup:
     """Ask Ray for a group; it may be pending for long."""
     labels = dict(spec.label_selector or {})
-    if NODE_LABEL in labels:
-        pass  # the user's own choice of nodes; Ray takes one condition per label
-    elif command.only_nodes:
-        labels[NODE_LABEL] = f"in({','.join(command.only_nodes)})"
-    elif command.avoid_nodes:
-        labels[NODE_LABEL] = f"!in({','.join(command.avoid_nodes)})"
+    condition = node_condition(labels.get(NODE_LABEL), command.only_nodes, command.avoid_nodes)
+    if condition is not None:
+        labels[NODE_LABEL] = condition
     return placement_group(
         [spec.bundle_resources] * command.bundles,
         strategy=spec.placement_strategy if command.minimum else "PACK",
         name=group_name(spec.run_id, command.group, minimum=command.minimum),
         bundle_label_selector=[labels] * command.bundles if labels else None,
     )
+
+
+def node_condition(own: str | None, only: Sequence[str], avoid: Sequence[str]) -> str | None:
+    """On which nodes a group may be: `own` is what the user's label selector says of them; None: anywhere.
+
+    Ray takes one condition per label: one that is no list, `in(...)`, stays the user's alone.
+    """
+    if own is not None:
+        listed = re.fullmatch(r"in\(([^()]*)\)", own)
+        left = (
+            [node for node in listed[1].split(",") if (node in only if only else node not in avoid)] if listed else []
+        )
+        return f"in({','.join(left)})" if left else own
+    if only:
+        return f"in({','.join(only)})"
+    return f"!in({','.join(avoid)})" if avoid else None
 
 
 def nodes_of(group: PlacementGroup) -> tuple[str, ...]:
@@ -52,15 +66,9 @@ def in_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStr
 
 def nodes_of_run(run_id: str) -> set[str]:
     """The nodes on which bundles of a run are."""
-    return {
-        node
-        for info in _ask(placement_group_table).values()
-        if info["name"].startswith(
-            (group_name(run_id, 0, minimum=True)[:-1], group_name(run_id, 0, minimum=False)[:-1])
-        )
-        for node in info["bundles_to_node_id"].values()
-        if node
-    }
+    names = tuple(group_name(run_id, 0, minimum=minimum)[:-1] for minimum in (True, False))
+    groups = [info for info in _ask(placement_group_table).values() if info["name"].startswith(names)]
+    return {node for info in groups for node in info["bundles_to_node_id"].values() if node}
 
 
 def probe_devices(group: PlacementGroup, bundle: int, gpus: float) -> Any:

@@ -24,7 +24,7 @@ NAMES = frozenset({PAUSE, PAUSED, SAVE, SAVED, STOP, PROGRESS, DEBUGGER, DEBUGGE
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Note:
     """One value. Of two for the same name the one with the higher version wins, and with equal ones, the writer's."""
 
     version: int
@@ -51,34 +51,34 @@ class Board:
 
     def __init__(self) -> None:
         self.seq = 0
-        self._entries: dict[str, Entry] = {}
+        self._notes: dict[str, Note] = {}
         self._changed: dict[str, int] = {}
         self.version = 0
 
     def put(self, name: str, value: Any, writer: int) -> None:
         """Write a value: it wins over all that this copy has seen."""
-        self.offer({name: Entry(self.version + 1, writer, value)})
+        self.offer({name: Note(self.version + 1, writer, value)})
 
-    def offer(self, entries: Mapping[str, Entry], version: int = 0) -> None:
+    def offer(self, notes: Mapping[str, Note], version: int = 0) -> None:
         """Take in what another copy has, where it is later. `version`: the highest that the other knows of.
 
         Who hears only some of the names needs that too, or what he puts would lose against what he hasn't heard.
         """
-        unknown = entries.keys() - NAMES
+        unknown = notes.keys() - NAMES
         assert not unknown, f"no such names: {sorted(unknown)}"
         self.version = max(self.version, version)
-        for name, entry in entries.items():
-            self.version = max(self.version, entry.version)
-            known = self._entries.get(name)
-            if known is None or known.stamp < entry.stamp:
+        for name, note in notes.items():
+            self.version = max(self.version, note.version)
+            known = self._notes.get(name)
+            if known is None or known.stamp < note.stamp:
                 self.seq += 1
-                self._entries[name], self._changed[name] = entry, self.seq
+                self._notes[name], self._changed[name] = note, self.seq
 
     def get(self, name: str, default: Any = None) -> Any:
         """What stands there."""
-        entry = self._entries.get(name)
-        return default if entry is None else entry.value
+        note = self._notes.get(name)
+        return default if note is None else note.value
 
-    def since(self, seq: int, names: Collection[str] = NAMES) -> dict[str, Entry]:
+    def since(self, seq: int, names: Collection[str] = NAMES) -> dict[str, Note]:
         """Those of these names that have changed after `seq`."""
-        return {name: self._entries[name] for name, at in self._changed.items() if at > seq and name in names}
+        return {name: self._notes[name] for name, at in self._changed.items() if at > seq and name in names}

@@ -99,7 +99,8 @@ class RichBar:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(file=stream))
+        # Without its redirections, which would replace this process's sys.stdout and sys.stderr.
+        self._progress = Progress(*columns, console=Console(file=stream), redirect_stdout=False, redirect_stderr=False)
         self._progress.start()
         self._task = self._progress.add_task("", total=None)
 

@@ -9,7 +9,7 @@ step.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from raylaunch.coordinator.board import SAVED
 from raylaunch.elastic.events import Events
 from raylaunch.worker.board_copy import BoardCopy
 
-#: How long ranks wait for one another in an agreement, in seconds: some of them may be saving. A choice; a rank that has
-#: ended is noticed at once.
+#: How long ranks wait for one another in an agreement, in seconds: some of them may be saving. A choice; that a rank
+#: has ended, its peers notice at once.
 AGREE_SECONDS = 86_400.0
 #: A paused rank looks around this often, in seconds, also when it is told of nothing: a choice.
 LOOK_SECONDS = 60.0
@@ -120,7 +120,7 @@ class Steps:
         if not self._begun and dist is not None and dist.is_available() and dist.is_initialized():
             self._begun = True
             if dist.get_world_size() > 1:
-                self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=AGREE_SECONDS))
+                self._group = dist.new_group(backend="gloo", timeout=dt.timedelta(seconds=AGREE_SECONDS))
         return self._group
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from raylaunch.coordinator.board import Board, Entry, Group
+from raylaunch.coordinator.board import Board, Group, Note
 
 #: Who writes: a rank, or this.
 DRIVER = -1
@@ -42,24 +42,24 @@ class BoardCopy:
             self._board.put(name, value, self.writer)
             self._changed.notify_all()
 
-    def take(self, entries: Mapping[str, Entry], group: Group | None = None, version: int = 0) -> None:
+    def take(self, notes: Mapping[str, Note], group: Group | None = None, version: int = 0) -> None:
         """Take in what was heard."""
         with self._changed:
-            self._board.offer(entries, version)
+            self._board.offer(notes, version)
             self._group = group or self._group
             self._changed.notify_all()
 
-    def everything(self) -> tuple[dict[str, Entry], int]:
+    def everything(self) -> tuple[dict[str, Note], int]:
         """All that is known, and the number of the last change."""
         with self._changed:
             return self._board.since(0), self._board.seq
 
-    def own_news(self, seq: int, timeout: float) -> tuple[dict[str, Entry], int]:
+    def own_news(self, seq: int, timeout: float) -> tuple[dict[str, Note], int]:
         """Wait for a change after `seq`; what this process has written since, and the number of the last change."""
         with self._changed:
             self._changed.wait_for(lambda: self._board.seq > seq, timeout)
             changed = self._board.since(seq).items()
-            return {name: entry for name, entry in changed if entry.writer == self.writer}, self._board.seq
+            return {name: note for name, note in changed if note.writer == self.writer}, self._board.seq
 
     def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until something holds, at most so many seconds; whether it does. It is looked at after every change."""

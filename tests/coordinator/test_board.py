@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch.coordinator.board import NAMES, PAUSE, SAVE, STOP, Board, Entry
+from raylaunch.coordinator.board import NAMES, PAUSE, SAVE, STOP, Board, Note
 
 
 def test_what_is_put_stands_and_wins_over_all_that_was_seen():
@@ -27,7 +27,7 @@ def test_since_tells_what_has_changed_once_and_by_name():
     seen = board.seq
     board.put(SAVE, 1, writer=-1)
     board.put(SAVE, 2, writer=-1)
-    assert {name: entry.value for name, entry in board.since(seen).items()} == {SAVE: 2}
+    assert {name: note.value for name, note in board.since(seen).items()} == {SAVE: 2}
     assert board.since(0, {PAUSE}).keys() == {PAUSE}
     assert board.since(board.seq) == {}
     board.offer(board.since(0))  # what is known is no news
@@ -91,5 +91,5 @@ def test_whoever_meets_whom_and_when_all_agree_in_the_end(happened, one_order, o
 def test_equal_versions_are_decided_by_the_writer(stamps):
     board = Board()
     for version, writer in stamps:
-        board.offer({STOP: Entry(version, writer, (version, writer))})
+        board.offer({STOP: Note(version, writer, (version, writer))})
     assert board.get(STOP) == max(stamps)

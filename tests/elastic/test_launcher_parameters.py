@@ -78,7 +78,7 @@ def test_what_there_is_not_is_refused_with_the_nearest_name():
         ({"nnodes": True}, "nnodes=True: must be 'N' or 'MIN:MAX'"),
         ({"nnodes": 2, "standalone": True}, "nnodes=2: standalone=True means one node"),
         ({"rdzv_backend": "etcd-v2"}, "there is no etcd rendezvous on Ray"),
-        ({"rdzv_configs": "join=3"}, "no such option: 'join'; did you mean"),
+        ({"rdzv_configs": "join_timeot=3"}, "no such option: 'join_timeot'; did you mean 'join_timeout'?"),
         ({"rdzv_id": 3}, "rdzv_id=3: must be a string"),
         ({"max_restarts": -2}, "max_restarts=-2: must be a whole number"),
         ({"master_port": 70000}, "master_port=70000: must be a whole number from 0 to 65535"),

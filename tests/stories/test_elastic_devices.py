@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 from launches import QUICK
@@ -20,6 +21,12 @@ def gpu_nodes(clusters):
 def what_it_gets(launcher):
     visible = [int(index) for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
     return launcher.local_rank, str(launcher.assigned_device), [str(device) for device in launcher.devices], visible
+
+
+def once_there_are_two(launcher):
+    while launcher.world_size < 2 and launcher.between_steps():
+        time.sleep(0.01)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @pytest.fixture
@@ -40,12 +47,14 @@ def free_gpus():
     return ray.available_resources().get("GPU", 0)
 
 
+@pytest.mark.slow
 def test_all_gpus_of_a_node(on_gpus):
     values = on_gpus("cuda:*")
     devices = ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     assert values == [(rank, f"cuda:{rank}", devices, [0, 1, 2, 3]) for rank in range(4)]
 
 
+@pytest.mark.slow
 def test_auto_is_cuda_where_there_are_gpus_and_alone_it_is_one(on_gpus):
     ((local_rank, device, devices, visible),) = on_gpus("auto")
     assert (local_rank, device, devices, len(visible)) == (0, "cuda:0", ["cuda:0"], 1)
@@ -73,6 +82,7 @@ def taken(gpu_nodes):
     remove_placement_group(group)
 
 
+@pytest.mark.slow
 def test_chosen_gpus_that_are_somebody_elses_are_refused_with_the_reason(on_gpus, taken):
     with pytest.raises(ConfigError, match=rf"node {taken[:8]}: Ray has given GPU 1 to somebody else; free: 2, 3"):
         on_gpus("cuda:1-2", nnodes=2)
@@ -80,12 +90,16 @@ def test_chosen_gpus_that_are_somebody_elses_are_refused_with_the_reason(on_gpus
     assert [visible for *_, visible in on_gpus("cuda:2-3", nnodes=2)] == [[2, 3]] * 4
 
 
-def test_gpus_on_a_second_node_are_held_until_the_launch_has_grown_into_it(on_gpus):
-    """The minimum is one node; the other comes with the last call, or a growth."""
-    values = on_gpus("cuda:3", nnodes="1:2", run_options={**QUICK, "timeouts": Timeouts(last_call=20)})
-    assert [visible for *_, visible in values] == [[3], [3]]
+@pytest.mark.slow
+def test_gpus_on_a_second_node_are_held_until_the_launch_has_grown_into_it(gpu_nodes, tmp_path):
+    """The minimum is one node; a group of one is re-formed when the other is there."""
+    timeouts = Timeouts(last_call=0, min_generation_age=0)
+    launcher = ElasticLauncher("cuda:3", "gloo", "1:2", log_dir=str(tmp_path))
+    launcher.update_params(run_options={**QUICK, "timeouts": timeouts})
+    assert launcher(once_there_are_two, launcher) == ["3", "3"]
 
 
+@pytest.mark.slow
 def test_no_gpu_that_is_free_at_all_is_refused_too(on_gpus, gpu_nodes):
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -102,6 +116,7 @@ def test_no_gpu_that_is_free_at_all_is_refused_too(on_gpus, gpu_nodes):
         on_gpus("cuda:0", run_options={**QUICK, "label_selector": label})
 
 
+@pytest.mark.slow
 def test_gpus_that_are_given_twice_are_shared_with_gloo(on_gpus):
     values = on_gpus("cuda:2,2", dist_backend="auto")
     assert values == [(0, "cuda:0", ["cuda:0", "cuda:0"], [2]), (1, "cuda:0", ["cuda:0", "cuda:0"], [2])]
@@ -120,6 +135,7 @@ def test_what_the_nodes_cannot_give_is_refused(on_gpus, devices, parameters, wor
         on_gpus(devices, **parameters)
 
 
+@pytest.mark.slow
 def test_a_rank_that_ray_gives_other_gpus_than_those_chosen_says_so(on_gpus, monkeypatch):
     """Somebody took one in between: what the driver does to prevent that is left out here."""
     import contextlib

@@ -76,6 +76,7 @@ def test_a_rank_killed_between_pause_and_resume_leaves_the_next_generation_pause
     assert first[2] == second[2] > 3
 
 
+@pytest.mark.slow
 def test_a_pause_survives_the_coordinator_and_the_generation_formed_after_it(two_nodes, training):
     run, folder = training
     events = run.launcher.events
@@ -117,6 +118,7 @@ def test_checkpoints_are_saved_when_asked_for_also_in_a_pause(training):
     assert not events.stop_all_tasks.is_set()  # the next launch begins with nothing
 
 
+@pytest.mark.slow
 def test_what_is_set_before_a_launch_stands_when_it_begins(two_nodes, launch, gate):
     gate("steps").mkdir()
     launcher = ElasticLauncher("cpu")
@@ -150,6 +152,7 @@ launcher(globals()[{function!r}], launcher, {folder!r})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "policy", "said"),
     [
@@ -168,4 +171,21 @@ def test_ctrl_c_on_the_driver_does_what_the_policy_says(one_node, tmp_path, func
     assert "KeyboardInterrupt" in said_there
     assert said in said_there
     assert (tmp_path / "saved").exists() == ((function, policy) == ("trains", "save_then_stop"))
+    nothing_is_left(tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_ctrl_c_once_more_stops_without_the_checkpoint(one_node, tmp_path):
+    script = INTERRUPTED.format(
+        address=one_node.address, policy="save_then_stop", folder=str(tmp_path), function="never_asks"
+    ).replace("save_timeout=10", "save_timeout=1000")
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as driver:
+        eventually((tmp_path / "steps").exists, "it trains")
+        driver.send_signal(signal.SIGINT)
+        assert driver.stderr is not None
+        while "once more stops it at once" not in driver.stderr.readline():
+            assert driver.poll() is None
+        driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=60)
+    assert "stopping without the checkpoint" in said
     nothing_is_left(tmp_path / "runs")

@@ -91,6 +91,7 @@ def test_every_rank_sees_where_it_stands_and_the_values_come_back_by_rank(two_no
     assert (launcher.rank, launcher.world_size, launcher.rdzv_id) == (0, 1, "where")
 
 
+@pytest.mark.slow
 def test_what_a_rank_raises_is_raised_on_the_driver_and_what_cannot_be_called_is_refused(one_node, tmp_path):
     launcher = ElasticLauncher("cpu:0-1", log_dir=str(tmp_path), run_options=QUICK).freeze()
 
@@ -110,6 +111,7 @@ def test_what_a_rank_raises_is_raised_on_the_driver_and_what_cannot_be_called_is
         launcher.clone().update_params(dist_backend="nxcl")(fails)
 
 
+@pytest.mark.slow
 def test_what_others_decide_is_said_once(one_node, tmp_path, caplog):
     launcher = ElasticLauncher("cpu", master_port=29500, node_rank=3, log_dir=str(tmp_path), run_options=QUICK)
     assert launcher(lambda: os.environ["MASTER_PORT"] == "29500") == [False]
@@ -137,6 +139,7 @@ class Leaves:
         return dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_the_process_group_is_destroyed_in_the_end(one_node, tmp_path):
     launcher = ElasticLauncher("cpu:0-1", log_dir=str(tmp_path / "runs"), run_options=QUICK)
     (tmp_path / "left").mkdir()
@@ -149,6 +152,7 @@ def prints(launcher):
     os.write(2, f"err of {launcher.rank}\n".encode())  # as a library does
 
 
+@pytest.mark.slow
 def test_redirects_and_tee_write_files_of_each_rank(one_node, tmp_path):
     launcher = ElasticLauncher("cpu:0-1", redirects="2", tee="0:1", log_dir=str(tmp_path), rdzv_id="prints")
     launcher.update_params(run_options=QUICK)
@@ -191,6 +195,7 @@ def test_a_rank_stops_in_a_debugger_and_the_others_wait(one_node, launch, tmp_pa
     assert run.result() == [0, 42]
 
 
+@pytest.mark.slow
 def test_a_debugger_that_nobody_attaches_to_lets_the_rank_go(one_node, tmp_path):
     launcher = ElasticLauncher("cpu:0-1", log_dir=str(tmp_path), run_options=QUICK)
 
