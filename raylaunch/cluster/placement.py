@@ -44,9 +44,8 @@ def node_condition(own: str | None, only: Sequence[str], avoid: Sequence[str]) -
     """
     if own is not None:
         listed = re.fullmatch(r"in\(([^()]*)\)", own)
-        left = (
-            [node for node in listed[1].split(",") if (node in only if only else node not in avoid)] if listed else []
-        )
+        nodes = listed[1].split(",") if listed is not None else []
+        left = [node for node in nodes if (node in only if only else node not in avoid)]
         return f"in({','.join(left)})" if left else own
     if only:
         return f"in({','.join(only)})"

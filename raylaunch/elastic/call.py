@@ -35,7 +35,7 @@ class Call:
         """Run it. Called once in each rank's process."""
         # Everything that knows Ray, or this package as a whole, is there already: the worker has imported it.
         from raylaunch.cluster.board_link import BoardLink
-        from raylaunch.elastic.launcher import entered
+        from raylaunch.elastic.current import entered
 
         context, launcher = get_context(), self._launcher
         _check_devices(launcher, context)

@@ -31,7 +31,7 @@ def set_trace(rank: int = 0, *, timeout: float = ATTACH_SECONDS) -> None:
     """
     global _count  # noqa: PLW0603 - the process's own calls, which all ranks make alike
     from raylaunch.elastic import remote_pdb
-    from raylaunch.elastic.launcher import current_copy
+    from raylaunch.elastic.current import current_copy
 
     context = get_context()
     if not 0 <= rank < context.world_size:

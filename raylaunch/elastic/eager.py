@@ -43,7 +43,7 @@ def run_eagerly(
     torchrun's environment, the device and a process group of one are there meanwhile. A process group that was there
     before stays.
     """
-    from raylaunch.elastic.launcher import entered
+    from raylaunch.elastic.current import entered
 
     store, port = process_group.open_store(HOST)
     device = str(launcher.assigned_device)

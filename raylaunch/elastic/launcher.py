@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import FrozenInstanceError, asdict, dataclass, replace
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import FrozenInstanceError, asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from raylaunch.context import get_context
+from raylaunch.elastic.current import here
 from raylaunch.elastic.devices import NodeDevices, parse_devices, resolve
 from raylaunch.elastic.events import Events
 from raylaunch.elastic.params import NAMES, Params, unknown_parameter
-from raylaunch.elastic.steps import Steps
+from raylaunch.elastic.standing import Standing
 from raylaunch.errors import ConfigError
 from raylaunch.worker.board_copy import BoardCopy
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ElasticLauncher:
+class ElasticLauncher(Standing):
     """Runs a function as the ranks of a process group on the Ray cluster: so many on every node, one for each device.
 
         def worker(launcher):
@@ -66,6 +67,7 @@ class ElasticLauncher:
     _frozen: bool
     _settled: NodeDevices | None
     _copy: BoardCopy
+    _launching: threading.Lock
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class ElasticLauncher:
 
     def _become(self, params: Params, *, frozen: bool, settled: NodeDevices | None = None) -> None:
         state = {"_params": params, "_frozen": frozen, "_settled": settled, "_copy": BoardCopy()}
-        for name, value in state.items():
+        for name, value in {**state, "_launching": threading.Lock()}.items():
             object.__setattr__(self, name, value)
 
     # -- configuring -------------------------------------------------------------------------------------------------
@@ -176,16 +178,21 @@ class ElasticLauncher:
             PlacementTimeout: the cluster never had the room.
             KeyboardInterrupt: Ctrl-C; the launch was stopped first, as `on_interrupt` says.
         """
-        self.freeze()
-        object.__setattr__(self, "_settled", self._settle())
-        self._backend()
-        if self._params.eager_mode:
-            from raylaunch.elastic.eager import run_eagerly
+        if not self._launching.acquire(blocking=False):
+            raise ConfigError("this launcher has a launch going on, whose events are its own; clone() gives another")
+        try:
+            self.freeze()
+            object.__setattr__(self, "_settled", self._settle())
+            self._backend()
+            if self._params.eager_mode:
+                from raylaunch.elastic.eager import run_eagerly
 
-            return [run_eagerly(self, entrypoint, args, kwargs)]
-        from raylaunch.elastic.launch import launch
+                return [run_eagerly(self, entrypoint, args, kwargs)]
+            from raylaunch.elastic.launch import launch
 
-        return launch(self, entrypoint, args, kwargs)
+            return launch(self, entrypoint, args, kwargs)
+        finally:
+            self._launching.release()
 
     def between_steps(
         self, iteration: int | None = None, total: int | None = None, *, save: Callable[[], Any] | None = None
@@ -201,10 +208,10 @@ class ElasticLauncher:
             total: of how many.
             save: saves a checkpoint. Called on every rank; it decides what each does.
         """
-        here = _here(self)
+        own = here(self, self._copy)
         if iteration is not None:
-            here.events.progress(iteration, total)
-        return here.steps.between(save)
+            own.events.progress(iteration, total)
+        return own.steps.between(save)
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
@@ -216,7 +223,7 @@ class ElasticLauncher:
     @property
     def events(self) -> Events:
         """What driver and ranks tell one another."""
-        return _here(self).events
+        return here(self, self._copy).events
 
     @property
     def eager_mode(self) -> bool:
@@ -264,80 +271,6 @@ class ElasticLauncher:
         asks = devices.needs_nodes or devices.kind == "cuda"
         return resolve(devices, launch.nodes() if asks else (), least)
 
-    # -- where this process stands -----------------------------------------------------------------------------------
-
-    @property
-    def rank(self) -> int:
-        """The process's rank in the group."""
-        return get_context().rank
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks there are."""
-        return get_context().world_size
-
-    @property
-    def local_rank(self) -> int:
-        """The rank among those of the node."""
-        return self.rank % self.local_world_size  # ranks are contiguous, and every node has as many
-
-    @property
-    def local_world_size(self) -> int:
-        """How many ranks the node has."""
-        return get_context().local_world_size
-
-    @property
-    def group_rank(self) -> int:
-        """The node's number."""
-        return get_context().node_rank
-
-    @property
-    def group_world_size(self) -> int:
-        """How many nodes there are."""
-        return self.world_size // self.local_world_size
-
-    @property
-    def role_name(self) -> str:
-        """The `role`."""
-        return self._params.role
-
-    @property
-    def role_rank(self) -> int:
-        """The rank: all ranks have one role."""
-        return self.rank
-
-    @property
-    def role_world_size(self) -> int:
-        """How many ranks have the role: all."""
-        return self.world_size
-
-    @property
-    def master_addr(self) -> str:
-        """Rank 0's address; on the driver, what was given."""
-        context = get_context()
-        return context.master_addr if context.run_id else self._params.master_addr
-
-    @property
-    def master_port(self) -> int | None:
-        """The port of rank 0's store; on the driver, what was given."""
-        context = get_context()
-        return context.master_port if context.run_id else self._params.master_port
-
-    @property
-    def restart_count(self) -> int:
-        """How many failures the launch has been charged with."""
-        return get_context().restart_count
-
-    @property
-    def max_restarts(self) -> int:
-        """How many it survives."""
-        return self._params.max_restarts
-
-    @property
-    def rdzv_id(self) -> str:
-        """The run's id; on the driver, what was given."""
-        return get_context().run_id or self._params.rdzv_id
-
     @property
     def assigned_device(self) -> torch.device:
         """The process's own device: in a launch the rank's, otherwise what eager mode would use."""
@@ -354,52 +287,3 @@ class ElasticLauncher:
             if self._params.eager_mode:
                 raise
             return torch.device("cpu")  # a driver needs no GPU for a launch on those of other machines
-
-
-@dataclass(frozen=True)
-class _Here:
-    """What a process's launcher has to do with others."""
-
-    launcher: ElasticLauncher
-    copy: BoardCopy
-    events: Events
-    steps: Steps
-
-
-_current: _Here | None = None
-
-
-def get_current_launcher() -> ElasticLauncher:
-    """This process's launcher. Outside a launch it is one in eager mode: rank 0 of 1, on the process's own device."""
-    return (_current or _outside).launcher
-
-
-def current_copy() -> BoardCopy:
-    """This process's copy of the board."""
-    return (_current or _outside).copy
-
-
-@contextmanager
-def entered(launcher: ElasticLauncher, copy: BoardCopy, generation: int | None) -> Iterator[None]:
-    """Make it the process's launcher for the block."""
-    global _current  # noqa: PLW0603 - the process is the rank
-    before, _current = _current, _at(launcher, copy, generation)
-    try:
-        yield
-    finally:
-        _current = before
-
-
-def _at(launcher: ElasticLauncher, copy: BoardCopy, generation: int | None) -> _Here:
-    events = Events(copy, generation)
-    return _Here(launcher, copy, events, Steps(events, copy))
-
-
-def _here(launcher: ElasticLauncher) -> _Here:
-    """In a launch, whichever launcher is asked, the process's own."""
-    if _current is not None:
-        return _current
-    return _at(launcher, launcher._copy, None)  # noqa: SLF001 - of this file
-
-
-_outside = _at((outside := ElasticLauncher(eager_mode=True).freeze()), outside._copy, None)  # noqa: SLF001

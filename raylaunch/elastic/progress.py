@@ -151,6 +151,7 @@ class ProgressDisplay:
         self._pace = Pace()
         self._shown: tuple[Any, ...] = ()
         self._told: Any = None
+        self._live = Group()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="raylaunch-progress", daemon=True)
 
@@ -184,6 +185,10 @@ class ProgressDisplay:
             return
         self._shown = now
         progress, group, paused, debugger = now
+        if group.world_size:
+            self._live = group
+        elif self._over.is_set():  # it has ended, and nothing is formed any more
+            group = self._live
         if debugger is not None and debugger != self._told:
             self._told = debugger
             logger.warning("%s", debugger[-1])

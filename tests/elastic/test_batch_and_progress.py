@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from harness import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,6 +111,8 @@ def test_what_stands_on_the_board_is_shown_until_the_end():
         copy.put(PROGRESS, (1, 8, 1))
         copy.put(PAUSE, (1, True))
         copy.put(PROGRESS, (8, 8, 1))
+        eventually(stream.getvalue, "a line")
+        copy.take({}, Group(1, 0, 0))
     last = stream.getvalue().splitlines()[-1]
     assert last == "raylaunch: step 8/8 (100 %); 2 ranks, generation 1, 0 restarts, paused"
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import raylaunch
-from raylaunch import ElasticLauncher, get_context, get_current_launcher
+from raylaunch import ConfigError, ElasticLauncher, get_context, get_current_launcher
 from raylaunch.elastic import split_batch
 
 
@@ -66,6 +66,17 @@ def test_what_the_function_raises_is_raised_as_it_is():
         ElasticLauncher("cpu", eager_mode=True)(fails)
     assert not dist.is_initialized()
     assert "RANK" not in os.environ
+
+
+def test_a_launcher_has_one_launch_at_a_time():
+    launcher = ElasticLauncher("cpu", eager_mode=True)
+
+    def again():
+        with pytest.raises(ConfigError, match="has a launch going on"):
+            launcher(print)
+        return launcher.clone()(lambda: "another")
+
+    assert launcher(again) == [["another"]]
 
 
 def test_without_a_backend_no_process_group_is_made_and_one_that_is_there_stays(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -116,6 +117,36 @@ def test_checkpoints_are_saved_when_asked_for_also_in_a_pause(training):
     events.stop_all_tasks.set()  # ends a pause too
     assert [step for _, _, step in run.result()] == [before, before]
     assert not events.stop_all_tasks.is_set()  # the next launch begins with nothing
+
+
+def saves(launcher):
+    """Steps with all others; returns at which steps a checkpoint was saved, and how many there were."""
+    saved: list[int] = []
+    steps: list[int] = []
+    while launcher.between_steps(len(steps), save=lambda: saved.append(len(steps))):
+        any_rank(False)
+        steps.append(1)
+    return saved, len(steps)
+
+
+@pytest.mark.slow
+def test_however_quickly_requests_follow_one_another_all_ranks_do_the_same(one_node, launch):
+    chance = random.Random(7)
+    run = launch(saves, ElasticLauncher("cpu:0-2"))
+    events = run.launcher.events
+    run.wait_until(lambda: events.iteration > 10, "steps")
+    for _ in range(200):
+        chance.choice([events.pause, events.resume, events.trigger_save_checkpoint]).set()
+        time.sleep(chance.choice([0, 0, 0.001, 0.01, 0.03]))
+    events.resume.set()
+    events.trigger_save_checkpoint.set()
+    assert events.finished_save_checkpoint.wait(WAIT)
+    before = events.iteration
+    run.wait_until(lambda: events.iteration > before + 10, "further steps")
+    events.stop_all_tasks.set()
+    first, *others = run.result()
+    assert others == [first, first]
+    assert len(first[0]) > 5
 
 
 @pytest.mark.slow

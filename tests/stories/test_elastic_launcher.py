@@ -172,6 +172,7 @@ def stops_in_rank_1(launcher):
     return value
 
 
+@pytest.mark.slow
 def test_a_rank_stops_in_a_debugger_and_the_others_wait(one_node, launch, tmp_path, caplog):
     run = launch(stops_in_rank_1, ElasticLauncher("cpu:0-1"))
 
