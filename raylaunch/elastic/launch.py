@@ -48,6 +48,8 @@ def launch(
     params, settled = launcher.config, launcher._settled  # noqa: SLF001 - the launcher's own helper
     assert settled is not None, "the launcher has settled it"
     spec, setup = spec_of(params, settled, launcher.dist_backend), setup_of(params)
+    if note := params.threads_note(os.environ):
+        logger.warning("%s", note)
     given = params.without_effect()
     if given:
         logger.warning("without effect on Ray: %s", "; ".join(given))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import FrozenInstanceError, replace
 from typing import TYPE_CHECKING, Any
 
 from raylaunch.context import get_context
@@ -112,7 +111,7 @@ class ElasticLauncher(Standing):
         Raises:
             ConfigError: a parameter can't work.
         """
-        self._params.check(os.environ)
+        self._params.check()
         object.__setattr__(self, "_frozen", True)
         return self
 
@@ -160,8 +159,8 @@ class ElasticLauncher(Standing):
         self._become(state["params"], frozen=state["frozen"], settled=state["settled"])
 
     def __repr__(self) -> str:
-        defaults = asdict(Params())
-        given = ", ".join(f"{k}={v!r}" for k, v in asdict(self._params).items() if v != defaults[k])
+        values = [(name, getattr(self._params, name), getattr(Params(), name)) for name in NAMES]
+        given = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
         return f"ElasticLauncher({given}){'.freeze()' if self._frozen else ''}"
 
     # -- launching ---------------------------------------------------------------------------------------------------

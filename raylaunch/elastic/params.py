@@ -65,8 +65,8 @@ class Params:
     eager_mode: bool = False
     run_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self, environ: Mapping[str, str]) -> None:
-        """Refuse what can't work, as far as that needs no cluster. `environ`: the driver's. Raises `ConfigError`."""
+    def check(self) -> None:
+        """Refuse what can't work, as far as that needs no cluster. Raises `ConfigError`."""
         parse_devices(self.devices)
         backend = self.dist_backend
         if backend is not None and backend != "auto" and backend not in BACKENDS:
@@ -91,7 +91,6 @@ class Params:
             raise ConfigError(
                 f"on_interrupt={self.on_interrupt!r}: must be one of {', '.join(map(repr, ON_INTERRUPT))}"
             )
-        self._check_threads(environ)
         self._check_run_options()
 
     @property
@@ -119,6 +118,16 @@ class Params:
             if getattr(self, name) != getattr(defaults, name)
         ]
 
+    def threads_note(self, environ: Mapping[str, str]) -> str:
+        """What is said where the driver's environment has another number of threads; "" where it hasn't.
+
+        It is no error: Ray (2.60) sets the variable by itself in jobs and actors, from which a launch may come.
+        """
+        asked, there = self.omp_num_threads, environ.get(OMP)
+        if asked is None or there is None or there == str(asked):
+            return ""
+        return f"omp_num_threads={asked} holds in the ranks, although {OMP}={there} in this process"
+
     def _check_numbers(self) -> None:
         whole = [("node_rank", 0, 1 << 31), ("master_port", 0, 65535), ("omp_num_threads", 1, 1 << 31)]
         for name, low, high in whole:
@@ -137,11 +146,6 @@ class Params:
             values.seconds(name, str(value))
         if self.log_dir is not None and not isinstance(self.log_dir, (str, os.PathLike)):
             raise ConfigError(f"log_dir={self.log_dir!r}: must be a path")
-
-    def _check_threads(self, environ: Mapping[str, str]) -> None:
-        asked, set_there = self.omp_num_threads, environ.get(OMP)
-        if asked is not None and set_there is not None and set_there != str(asked):
-            raise ConfigError(f"omp_num_threads={asked}: but {OMP}={set_there} in the environment; say it once")
 
     def _check_run_options(self) -> None:
         if not isinstance(self.run_options, Mapping):

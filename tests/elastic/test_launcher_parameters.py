@@ -102,11 +102,12 @@ def test_what_cannot_work_is_refused_when_it_is_frozen(given, words):
     launcher.update_params({name: getattr(Params(), name) for name in given}).freeze()  # it was not frozen
 
 
-def test_threads_that_the_environment_says_otherwise_are_refused(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    ElasticLauncher("cpu", omp_num_threads=4).freeze()
-    with pytest.raises(ConfigError, match="omp_num_threads=2: but OMP_NUM_THREADS=4 in the environment"):
-        ElasticLauncher("cpu", omp_num_threads=2).freeze()
+def test_that_the_environment_says_another_number_of_threads_is_said():
+    environ = {"OMP_NUM_THREADS": "4"}
+    assert Params().threads_note(environ) == Params(omp_num_threads=4).threads_note(environ) == ""
+    assert Params(omp_num_threads=2).threads_note({}) == ""
+    said = Params(omp_num_threads=2).threads_note(environ)
+    assert said == "omp_num_threads=2 holds in the ranks, although OMP_NUM_THREADS=4 in this process"
 
 
 def test_what_others_decide_is_said_only_where_it_was_given():
