@@ -89,10 +89,12 @@ def _claim_fitting(spec: RunSpec, indices: tuple[int, ...]) -> tuple[list[Claim]
     Ray's view of what is free comes late (2.60: some tenths of a second): what has just ended may still be in it.
     """
     until = time.monotonic() + SETTLE_SECONDS
+    able = sum(node.get("GPU", 0) > max(indices) for node in placement.total_resources().values())
+    wanted = max(spec.bounds.min_units, min(spec.bounds.max_units, able))
     while True:
         claims = _claim_all(spec, max(indices))
         fitting = [claim for claim in claims if set(indices) <= claim.groups.keys()]
-        if len(fitting) >= spec.bounds.min_units or time.monotonic() > until:
+        if len(fitting) >= wanted or time.monotonic() > until:
             return claims, fitting
         for claim in claims:
             claim.release()
