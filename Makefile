@@ -39,8 +39,10 @@ examples: $(READY)  ## the small examples
 	$(BIN)/python examples/torchrun_api.py
 	folder=$$(mktemp -d) && $(BIN)/raylaunch run --standalone --nproc-per-node=2 --max-restarts=3 \
 		examples/torchrun_digits.py $$folder/digits.pt && rm -r $$folder
+	$(BIN)/python examples/elastic_launcher.py
+	$(BIN)/python examples/elastic_launcher.py --eager
 
-test: $(READY)  ## the tests, without the slow ones: at most 8 minutes on 2 cores
+test: $(READY)  ## the tests, without the slow ones: at most 10 minutes on 2 cores
 	$(BIN)/pytest -m "not slow and not proof"
 
 test-slow: $(READY)  ## the slow ones

@@ -6,6 +6,9 @@
         launcher.run(pretrain)
         launcher.run(finetune)
 
+    launcher = raylaunch.ElasticLauncher("cuda:*").freeze()  # one process per GPU of a node
+    launcher(worker, launcher)
+
 The map: `api` takes a request, `spec` validates it, `coordinator/` decides (pure), `cluster/` acts (Ray), `worker/` is
 what happens inside a worker (torch), `journal` records, `errors` tells. Importing this package imports neither torch
 nor ray.
@@ -14,6 +17,7 @@ nor ray.
 from raylaunch.api import Launcher, run
 from raylaunch.context import Context, get_context
 from raylaunch.coordinator.commands import Recovery
+from raylaunch.elastic import ElasticLauncher, get_current_launcher
 from raylaunch.errors import (
     ConfigError,
     Ending,
@@ -33,6 +37,7 @@ from raylaunch.version import __version__
 __all__ = [
     "ConfigError",
     "Context",
+    "ElasticLauncher",
     "EndKind",
     "Ending",
     "Failure",
@@ -48,5 +53,6 @@ __all__ = [
     "Timeouts",
     "__version__",
     "get_context",
+    "get_current_launcher",
     "run",
 ]

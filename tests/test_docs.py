@@ -152,6 +152,22 @@ def test_a_launcher_and_its_runs_have_the_arguments_of_run() -> None:
         assert set(names) == set(those), where
 
 
+def test_every_parameter_of_an_elastic_launcher_is_documented_with_its_default() -> None:
+    documented = rows(DOCS / "elastic-launcher.md", "## Parameters")
+    parameters = inspect.signature(raylaunch.ElasticLauncher).parameters
+    assert list(documented) == list(parameters)
+    for name, (default, meaning) in documented.items():
+        assert default == f"`{parameters[name].default!r}`", name
+        assert meaning
+
+
+def test_every_public_property_of_an_elastic_launcher_is_documented() -> None:
+    documented = rows(DOCS / "elastic-launcher.md", "## Where a process stands")
+    named = {name for names in documented for name in re.findall(r"\w+", names)}
+    launcher = raylaunch.ElasticLauncher
+    assert named == {name for name in dir(launcher) if isinstance(getattr(launcher, name), property)}
+
+
 def test_every_pattern_of_copied_variables_is_documented() -> None:
     _, _, below = text_of(DOCS / "configuration.md").partition("By default `copy_env` takes")
     listed, _, _ = below.partition("Never copied")

@@ -36,6 +36,7 @@ def test_contracts() -> None:
         "raylaunch",
         "raylaunch.cli",
         "raylaunch.launch",
+        "raylaunch.elastic",
         "raylaunch.torchrun.run",
         "raylaunch.journal",
         "raylaunch.torchrun.backend",

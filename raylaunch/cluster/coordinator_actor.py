@@ -1,4 +1,4 @@
-"""The coordinator actor: the pure machine behind one door, and the workers' pulses beside it.
+"""The coordinator actor: the pure machine behind one door, and beside it the workers' pulses and the board.
 
 The door is `handle(first, events) -> decisions`. It is idempotent: events are numbered, and a batch that was handled
 before is answered from memory. After the actor's own death Ray starts it anew (`max_restarts=-1`), empty; it then
@@ -24,7 +24,9 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raylaunch.cluster.board_door import BoardDoor, News
 from raylaunch.cluster.pulse import PulseReply, Pulses
+from raylaunch.coordinator.board import Group, Note
 from raylaunch.coordinator.commands import Process
 from raylaunch.coordinator.events import Event
 from raylaunch.coordinator.machine import Coordinator, Decision
@@ -83,6 +85,7 @@ class CoordinatorActor:
         self._last: dict[int, Decision] = {}
         self._restored = asyncio.Event()
         self._pulses = Pulses(timeouts)
+        self._board = BoardDoor()
         if not owns_job:
             self._watch_driver(driver_pid)
 
@@ -97,6 +100,8 @@ class CoordinatorActor:
                 self._last[seq] = self._decide(event)
                 self._seq = seq
             decisions += [] if replay else [self._last[seq]]
+        machine = self._machine
+        self._board.set_group(Group(machine.generation, len(machine.members), machine.restarts))
         if replay:
             self._last.clear()
             return []
@@ -125,6 +130,20 @@ class CoordinatorActor:
         """Whether a generation may commit. A coordinator that is not restored yet doesn't know, and waits."""
         await self._restored.wait()
         return self._machine.is_current(generation)
+
+    async def offer(self, notes: dict[str, Note], generation: int | None) -> bool:
+        """Somebody tells what stands on his copy of the board: a rank of this generation, or (None) the driver.
+
+        Whether it was heard: what a generation says that is not the live one isn't.
+        """
+        heard = generation is None or await self.is_current(generation)
+        if heard:
+            self._board.offer(notes, by_driver=generation is None)
+        return heard
+
+    async def news(self, epoch: str, seq: int, names: frozenset[str] | None, group: Group) -> News:
+        """Wait, bounded, for news on the board. See `BoardDoor.news`."""
+        return await self._board.news(epoch, seq, names, group)
 
     async def status(self) -> Status:
         """What the run is doing now, for people and for tests."""

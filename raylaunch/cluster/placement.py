@@ -6,7 +6,8 @@ nodes that die or drain and for other jobs' groups: `Survey` looks at those once
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +26,30 @@ NODE_LABEL = "ray.io/node-id"
 def create_group(spec: RunSpec, command: RequestBundles) -> PlacementGroup:
     """Ask Ray for a group; it may be pending for long."""
     labels = dict(spec.label_selector or {})
-    if NODE_LABEL in labels:
-        pass  # the user's own choice of nodes; Ray takes one condition per label
-    elif command.only_nodes:
-        labels[NODE_LABEL] = f"in({','.join(command.only_nodes)})"
-    elif command.avoid_nodes:
-        labels[NODE_LABEL] = f"!in({','.join(command.avoid_nodes)})"
+    condition = node_condition(labels.get(NODE_LABEL), command.only_nodes, command.avoid_nodes)
+    if condition is not None:
+        labels[NODE_LABEL] = condition
     return placement_group(
         [spec.bundle_resources] * command.bundles,
         strategy=spec.placement_strategy if command.minimum else "PACK",
         name=group_name(spec.run_id, command.group, minimum=command.minimum),
         bundle_label_selector=[labels] * command.bundles if labels else None,
     )
+
+
+def node_condition(own: str | None, only: Sequence[str], avoid: Sequence[str]) -> str | None:
+    """On which nodes a group may be: `own` is what the user's label selector says of them; None: anywhere.
+
+    Ray takes one condition per label: one that is no list, `in(...)`, stays the user's alone.
+    """
+    if own is not None:
+        listed = re.fullmatch(r"in\(([^()]*)\)", own)
+        nodes = listed[1].split(",") if listed is not None else []
+        left = [node for node in nodes if (node in only if only else node not in avoid)]
+        return f"in({','.join(left)})" if left else own
+    if only:
+        return f"in({','.join(only)})"
+    return f"!in({','.join(avoid)})" if avoid else None
 
 
 def nodes_of(group: PlacementGroup) -> tuple[str, ...]:
@@ -54,6 +67,13 @@ def only_node() -> str | None:
 def in_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
     """The scheduling strategy of everything in a bundle."""
     return PlacementGroupSchedulingStrategy(group, bundle)
+
+
+def nodes_of_run(run_id: str) -> set[str]:
+    """The nodes on which bundles of a run are."""
+    names = tuple(group_name(run_id, 0, minimum=minimum)[:-1] for minimum in (True, False))
+    groups = [info for info in _ask(placement_group_table).values() if info["name"].startswith(names)]
+    return {node for info in groups for node in info["bundles_to_node_id"].values() if node}
 
 
 def probe_devices(group: PlacementGroup, bundle: int, gpus: float) -> Any:
@@ -105,7 +125,7 @@ def _growth(name: str) -> bool:
 def shortage(spec: RunSpec, groups: list[PlacementGroup]) -> str:
     """What the run wants, what each node has, and Ray's own reason: for people, over several lines."""
     wanted = spec.bundle_resources
-    available = _ask(_state().available_resources_per_node)  # leaves out draining nodes, which ray.nodes() doesn't
+    available = free_resources()
     lines = [f"wanted: {spec.bounds.min_units} x {_amounts(wanted)}, strategy {spec.placement_strategy}"]
     if spec.label_selector:
         lines[0] += f", labels {spec.label_selector}"
@@ -121,6 +141,17 @@ def shortage(spec: RunSpec, groups: list[PlacementGroup]) -> str:
         if info and info["state"] not in ("CREATED", "REMOVED"):
             lines.append(f"Ray: group {info['name']} is {info['state']} ({info['stats']['scheduling_state']})")
     return "\n".join(lines[:20])
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """What each node has free, by node id and Ray's names. Leaves out draining nodes, which ray.nodes() doesn't."""
+    free: dict[str, dict[str, float]] = _ask(_state().available_resources_per_node)
+    return free
+
+
+def total_resources() -> dict[str, dict[str, float]]:
+    """What each node that lives has in all, by node id and Ray's names."""
+    return {node["NodeID"]: node["Resources"] for node in _ask(ray.nodes) if node["Alive"]}
 
 
 def _ask(question: Callable[..., Any], *arguments: Any) -> Any:

@@ -189,12 +189,18 @@ class Session:
         self._shell.request(run)
         return run
 
-    def result(self, run: Run) -> RunResult:
-        """Wait for a run's result. Interrupted (Ctrl-C, SIGTERM as Ray's SystemExit), it stops the run first."""
+    def result(self, run: Run, before_stop: Callable[[], None] | None = None) -> RunResult:
+        """Wait for a run's result. Interrupted (Ctrl-C, SIGTERM as Ray's SystemExit), it stops the run first.
+
+        `before_stop`, bounded, is called before that.
+        """
         try:
             return run.future.result()
         except BaseException as interrupt:
             if not run.future.done():
+                if before_stop is not None:
+                    _call_off_abort(interrupt)
+                    before_stop()
                 self._stop(run, interrupt)
             raise
 

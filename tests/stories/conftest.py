@@ -1,10 +1,11 @@
-"""The fixture of stories that start command lines."""
+"""The fixtures of stories that start command lines, and that launch in the background."""
 
 from __future__ import annotations
 
 import pytest
 from command_lines import PRELUDE, CommandLine
-from harness import nothing_is_left
+from harness import eventually, nothing_is_left
+from launches import Launch
 
 
 @pytest.fixture
@@ -28,4 +29,22 @@ def command(request, tmp_path):
     yield start
     for line in lines:
         line.end()
+    nothing_is_left(tmp_path / "runs")
+
+
+@pytest.fixture
+def launch(request, tmp_path):
+    """Launch in the background on the module's cluster."""
+    name = next(name for name in ("two_nodes", "one_node", "gpu_node") if name in request.fixturenames)
+    cluster = request.getfixturevalue(name)
+    runs = []
+
+    def start(function, launcher, *args):
+        runs.append(Launch(cluster, function, launcher, tmp_path, *args))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.launcher.events.stop_all_tasks.set()  # a test that failed has not done so
+        eventually(run.done, f"{run.id} is over")
     nothing_is_left(tmp_path / "runs")
