@@ -135,7 +135,10 @@ def nobody(monkeypatch):
         if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name)
     monkeypatch.delenv("CURRRENT_DEVICE", raising=False)
-    return monkeypatch
+    before = dict(os.environ)
+    yield monkeypatch
+    os.environ.clear()  # distutils sets variables, for the process
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize(
