@@ -28,13 +28,18 @@ class ForkerError(RaylaunchError):
     """The forker isn't there, or can't do what it was asked for."""
 
 
+class ForkerGoneError(ForkerError):
+    """The connection has ended: with the forker, or with the store that the worker had there."""
+
+
 class ForkerClient:
-    """One connection. Its calls come in order, from one thread; `stop` may come at any time."""
+    """One connection. Its calls come in order, from one thread; `stop`, `returned`, `hang_up` come at any time."""
 
     def __init__(self, directory: str, seconds: float) -> None:
         """Connect to the forker whose run has this directory, which may just be starting. Raises `ForkerError`."""
         self._connection = _connect(directory, seconds)
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._answers_kept: list[dict[str, Any]] = []
         self._thread = threading.Thread(target=self._read, name="raylaunch-forker", daemon=True)
         self._thread.start()
 
@@ -52,14 +57,22 @@ class ForkerClient:
         Raises `ForkerError`.
         """
         answer = self._ask({"do": "run", "order": asdict(order)})
+        if "returned" in answer:  # it has overtaken its start
+            self._answers_kept.append(answer)
+            answer = self._answer()
         if "signal" in answer:  # it was ended before it began
-            self._answers.put(answer)
+            self._answers_kept.append(answer)
             return 0
         return int(answer["pid"])
 
-    def wait(self) -> Ending:
-        """Wait until the rank's process has ended; how it did. Raises `ForkerError` when the worker has been ended."""
-        answer = self._answer()
+    def wait(self) -> Ending | None:
+        """Wait until the rank's process has ended; how it did. None: it says that it has returned (`returned`).
+
+        Raises `ForkerError` when the worker has been ended.
+        """
+        answer = self._answers_kept.pop() if self._answers_kept else self._answer()
+        if "returned" in answer:
+            return None
         if "signal" in answer:
             return Ending(EndKind.SIGNALED, signal=answer["signal"])
         code = answer["exit_code"]
@@ -69,10 +82,18 @@ class ForkerClient:
         """SIGTERM to the rank's whole session, and SIGKILL when its time is over."""
         self._send({"do": "stop"})
 
-    def close(self) -> None:
-        """Let go: the store and the rank's process, with its session, are ended."""
+    def returned(self) -> None:
+        """The rank says that it has returned, and is about to end: `wait` need not wait for that."""
+        self._answers.put({"returned": True})
+
+    def hang_up(self) -> None:
+        """End the connection. Whoever waits for an answer gets a `ForkerGoneError`."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go: the store and the rank's process, with its session, are ended."""
+        self.hang_up()
         self._thread.join()
         self._connection.close()
 
@@ -82,6 +103,8 @@ class ForkerClient:
 
     def _answer(self) -> dict[str, Any]:
         answer = self._answers.get()
+        if "gone" in answer:
+            raise ForkerGoneError(answer["gone"])
         if "failed" in answer:
             raise ForkerError(answer["failed"])
         return answer
@@ -94,7 +117,7 @@ class ForkerClient:
         with contextlib.suppress(OSError), self._connection.makefile("rb") as lines:
             for line in lines:
                 self._answers.put(json.loads(line))
-        self._answers.put({"failed": "the connection to the process that forks this node's ranks has ended"})
+        self._answers.put({"gone": "the connection to the process that forks this node's ranks has ended"})
 
 
 def _connect(directory: str, seconds: float) -> socket.socket:
