@@ -198,7 +198,9 @@ class Hands:
             hand.actor = AgentSeat(agent.actor, hand.number)
             try:
                 hello: Hello | Ending = await hand.actor.hello.remote()
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayActorError as error:
+                if ending_from(error).fatal:  # nothing that another could mend
+                    raise
                 await replaced.wait()
                 if node not in self._agents:
                     raise

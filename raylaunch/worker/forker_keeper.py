@@ -66,6 +66,7 @@ def start_forker(settings: Settings, environ: Mapping[str, str]) -> tuple[Proces
     with starter.stdout as said:
         words = said.readline().split()
     if starter.wait() or not words:
+        starter.stdin.close()
         raise RuntimeError(f"the forker could not be started: exit code {starter.returncode}")
     pid, started = words
     return Process(int(pid), int(started)), starter.stdin

@@ -72,6 +72,16 @@ def test_a_run_that_fails_while_its_forker_imports_is_over_at_once(one_node, sta
     assert run.error().root_cause.ending.kind is EndKind.TIMED_OUT
 
 
+@pytest.mark.parametrize(
+    ("working_dir", "told"), [("HERE", "Ray can't start workers like that"), ("file:///no/such.zip", "runtime_env can't")]
+)
+def test_a_runtime_env_that_can_not_work_ends_the_run_at_once(one_node, start, tmp_path, working_dir, told):
+    runtime_env = {"working_dir": working_dir.replace("HERE", str(tmp_path))}  # Ray takes a folder from ray.init only
+    error = start(os.getpid, isolation="process", runtime_env=runtime_env).error()
+    assert error.root_cause.ending.kind is EndKind.CANNOT_WORK
+    assert told in str(error)
+
+
 def test_a_fork_that_leaves_train_fn_and_a_closed_stderr_change_nothing_about_how_a_rank_ends(one_node, tmp_path):
     def forks():
         if not os.fork():
@@ -95,6 +105,13 @@ def test_a_fork_that_leaves_train_fn_and_a_closed_stderr_change_nothing_about_ho
         assert list(launcher.run(removes_a_variable)) == [2, 2]
 
 
+@pytest.fixture(scope="module")
+def gpu_node(clusters):
+    """A cluster of one node with two fake GPUs, for the module."""
+    yield clusters.take({"nodes": 1, "cpus": 4, "gpus": 2})
+    clusters.give_back()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["forker", "agent"])
 def test_what_is_stopped_is_ended_after_a_lease_and_started_again(one_node, start, gate, whom):
@@ -115,3 +132,21 @@ def test_what_is_stopped_is_ended_after_a_lease_and_started_again(one_node, star
     (recovery,) = run.result().recoveries
     cause = {"forker": "the process that forks its node's ranks is gone", "agent": "the agent of its node"}
     assert cause[whom] in recovery.cause
+
+
+@pytest.mark.slow  # for its cluster's start
+@pytest.mark.parametrize(
+    ("more", "seen"),
+    [
+        ({}, [("cuda:0", "0,1"), ("cuda:1", "0,1")]),
+        ({"virtual_local_rank": True}, [("cuda:0", "0"), ("cuda:0", "1")]),
+    ],
+)
+def test_functions_in_processes_see_their_gpus_also_fake_ones(gpu_node, tmp_path, more, seen):
+    def devices():
+        return raylaunch.get_context().device, os.environ["CUDA_VISIBLE_DEVICES"]
+
+    result = raylaunch.run(
+        devices, num_workers=2, use_gpu=True, backend="gloo", isolation="process", log_dir=tmp_path, **more
+    )
+    assert list(result) == seen
