@@ -73,7 +73,7 @@ def test_a_run_that_fails_while_its_forker_imports_is_over_at_once(one_node, sta
 
 
 @pytest.mark.parametrize(
-    ("working_dir", "told"), [("HERE", "Ray can't start workers like that"), ("file:///no/such.zip", "runtime_env can't")]
+    ("working_dir", "told"), [("HERE", "Ray can't start workers like"), ("file:///no/such.zip", "runtime_env can't be")]
 )
 def test_a_runtime_env_that_can_not_work_ends_the_run_at_once(one_node, start, tmp_path, working_dir, told):
     runtime_env = {"working_dir": working_dir.replace("HERE", str(tmp_path))}  # Ray takes a folder from ray.init only
