@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 
 #: The name of the node agent's socket in the folder that RAYLAUNCH_AGENT names.
 AGENT_SOCKET = "agent.sock"
+#: What a rank may ask there, before a number: whether this generation is current; to be answered once the coordinator
+#: knows that this worker's function has returned.
+IS_CURRENT, RETURNED = "is_current", "returned"
 
 
 def _always() -> bool:
@@ -82,15 +85,15 @@ def _described_by(environ: Mapping[str, str]) -> Context:
         generation=generation,
         restart_count=int(environ["TORCHELASTIC_RESTART_COUNT"]),
         max_restarts=int(environ["TORCHELASTIC_MAX_RESTARTS"]),
-        device=f"cuda:{local_rank}" if environ["CUDA_VISIBLE_DEVICES"] else "cpu",
+        device=f"cuda:{local_rank}" if environ.get("CUDA_VISIBLE_DEVICES") else "cpu",  # many a script removes it
         master_addr=environ["MASTER_ADDR"],
         master_port=int(environ["MASTER_PORT"]),
-        _ask=lambda: _ask_agent(directory, generation, lease),
+        _ask=lambda: ask_agent(directory, f"{IS_CURRENT} {generation}", lease),
     )
 
 
-def _ask_agent(directory: str, generation: int, seconds: float) -> bool:
-    """Whether a generation is current, as the node's agent, which asks the coordinator, says within this time."""
+def ask_agent(directory: str, question: str, seconds: float | None) -> bool:
+    """Ask the node's agent, which asks the coordinator. Whether it says yes, within this time (None: whenever)."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
         folder = os.open(directory, os.O_PATH)
@@ -98,6 +101,6 @@ def _ask_agent(directory: str, generation: int, seconds: float) -> bool:
             connection.connect(f"/proc/self/fd/{folder}/{AGENT_SOCKET}")  # a path may have no more than 107 bytes
         finally:
             os.close(folder)
-        connection.sendall(b"%d\n" % generation)
+        connection.sendall(f"{question}\n".encode())
         return connection.makefile("rb").readline() == b"yes\n"
     return False

@@ -87,6 +87,8 @@ class Ending:
             return f"lost a peer ({what})" if self.collateral else f"raised {what}"
         elif self.kind is EndKind.CANNOT_WORK:
             return self.message
+        elif self.kind is EndKind.KILLED and self.message.strip():
+            text = "died"
         else:
             text = _PLAIN[self.kind]
         return f"{text} ({self.message.strip().splitlines()[0]})" if self.message.strip() else text

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylaunch.cluster.background import Background
 from raylaunch.cluster.console import Console
+from raylaunch.cluster.faults import RefusedError
 from raylaunch.cluster.node_actor import Death, NodeAgent
 from raylaunch.cluster.worker_config import WorkerConfig
 from raylaunch.coordinator.commands import Process
@@ -126,7 +127,10 @@ class Agents:
 
     def _new(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
-        return self._class.options(**self._options, scheduling_strategy=where).remote(self._config)
+        try:
+            return self._class.options(**self._options, scheduling_strategy=where).remote(self._config)
+        except Exception as error:
+            raise RefusedError(f"Ray can't start workers like that: {error}") from error
 
     async def _be_watched(self, agent: Agent, worker: int, process: Process) -> bool:
         with contextlib.suppress(Exception):  # the agent is being restarted, and then asked again; or its node is gone

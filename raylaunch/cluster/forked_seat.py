@@ -3,7 +3,7 @@
 What stands for its worker, and is watched and killed, is a small fork that holds the store which the group may use. It
 becomes a rank by having one more process forked beside it: a command, or a function.
 
-Its calls come one after the other, in a thread of its own; `stop` may come at any time.
+Its calls come one after the other, in a thread of its own; `stop`, `returned` and `hang_up` may come at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raylaunch.errors import Ending, EndKind
 from raylaunch.worker import env as worker_env
 from raylaunch.worker.account import account_of
 from raylaunch.worker.forked import Order
-from raylaunch.worker.forker_client import ForkerClient, ForkerError, ForkerGoneError, connect_with_store
+from raylaunch.worker.forker_client import ForkerClient, ForkerError, ForkerGoneError
 from raylaunch.worker.function_rank import FunctionCall, Outcome, Value
 from raylaunch.worker.numa import NoBinding, cpus_for
 from raylaunch.worker.processes import last_words_path, own_memory, token_of
@@ -40,14 +40,19 @@ FORKER_SECONDS = 60.0
 class ForkedSeat:
     """One worker, from the store that its generation may use to how its rank ended."""
 
-    def __init__(self, config: WorkerConfig, directory: str) -> None:
+    def __init__(self, worker: int, config: WorkerConfig, directory: str) -> None:
         assert config.command is not None, "ranks are forked"
+        self._worker = worker
         self._config = config
         self._command = config.command
         self._directory = directory
         self._node = ray.get_runtime_context().get_node_id()
         self._host = ray.util.get_node_ip_address()
         self._client: ForkerClient | None = None
+        self._over = False
+        #: The rank's process, and whether it is known to have ended.
+        self._pid = 0
+        self._ended = False
         self._process = Process(0, 0)
         self._port = 0
         self._order: Order | None = None
@@ -59,9 +64,15 @@ class ForkedSeat:
     def hello(self) -> Hello | Ending:
         """Have the store opened; which process it is that holds it."""
         try:
-            self._client, self._process, self._port = connect_with_store(self._directory, FORKER_SECONDS, self._host)
-        except ForkerGoneError as error:
+            self._client = ForkerClient(self._directory, FORKER_SECONDS)
+        except ForkerError as error:
             return Ending(EndKind.TIMED_OUT, message=str(error))
+        if self._over:  # meanwhile: there was nothing to hang up then
+            self._client.hang_up()
+        try:
+            self._process, self._port = self._client.open_store(self._host)
+        except ForkerGoneError as error:  # there will be another
+            return Ending(EndKind.KILLED, message=str(error))
         except ForkerError as error:
             return Ending(EndKind.CANNOT_WORK, message=str(error), fatal=True)
         # By this file forks of its rank are found, and it is the place for its last words.
@@ -121,26 +132,60 @@ class ForkedSeat:
         if self._client is None or self._order is None:
             return Ending(EndKind.KILLED, message="it never joined"), None
         try:
-            pid = self._client.start(self._order)
-            ending = replace(self._client.wait(), pid=pid)
-        except ForkerError as error:
+            self._pid = self._client.start(self._order)
+            ending = self._end_of(self._client)
+        except ForkerGoneError as error:
             raise SeatLostError(str(error)) from None
-        if self._order.entry is Entry.FUNCTION:
-            self._outcome = Outcome.read(self._outcome_file)
-            ending = self._outcome.ending_of(ending)
-        if not ending.traceback:
-            ending = account_of(ending, self._error_file, self._order.stderr)
+        except ForkerError as error:
+            return Ending(EndKind.CANNOT_WORK, message=self._at_home(str(error))), None
+        if ending is None:
+            return Ending(EndKind.RETURNED, pid=self._pid), None
+        self._ended = True
         return ending, self._outcome.exception
 
-    def collect(self) -> tuple[Any]:
-        """What the function returned, wrapped, in a form that becomes the value on the driver. Commands have none."""
+    def returned(self) -> None:
+        """The rank's function has returned: `run` is over, and `collect` waits for the process's end."""
+        if self._client is not None:
+            self._client.returned()
+
+    def collect(self) -> tuple[Any] | Ending:
+        """What the function returned, wrapped, in a form that becomes the value on the driver. Commands have none.
+
+        Or how its process failed after that, in an exit handler for one. Raises `SeatLostError` as `run` does.
+        """
+        if not self._ended and self._client is not None:
+            try:
+                ending = self._end_of(self._client)
+            except ForkerError as error:
+                raise SeatLostError(str(error)) from None
+            if ending is not None and ending.kind is not EndKind.RETURNED:
+                return ending
         value = self._outcome.value
         return (None if value is None else Value(value),)
+
+    def _end_of(self, client: ForkerClient) -> Ending | None:
+        """Wait for the end of the rank's process; how it was. None: its function has returned before."""
+        assert self._order is not None
+        ended = client.wait()
+        if self._order.entry is Entry.FUNCTION and self._outcome.ending is None:
+            self._outcome = Outcome.read(self._outcome_file)
+        if ended is None:
+            return None
+        ending = replace(ended, pid=self._pid)
+        if self._order.entry is Entry.FUNCTION:
+            ending = self._outcome.ending_of(ending)
+        return ending if ending.traceback else account_of(ending, self._error_file, self._order.stderr)
 
     def stop(self) -> None:
         """SIGTERM to the rank's whole session, and SIGKILL when its time is over."""
         if self._client is not None:
             self._client.stop()
+
+    def hang_up(self) -> None:
+        """End the connection, which ends whatever this seat has there, and every wait for an answer."""
+        self._over = True
+        if self._client is not None:
+            self._client.hang_up()
 
     def close(self) -> None:
         """Let go: what is left of it is ended."""
@@ -172,6 +217,7 @@ class ForkedSeat:
     def _call(self, assignment: Assignment) -> str:
         config = self._config
         return FunctionCall(
+            worker=self._worker,
             assignment=assignment,
             code_path=config.code_path,
             backend=config.backend,
@@ -194,8 +240,10 @@ class ForkedSeat:
             return ()
 
     def _cannot_work(self, reason: str) -> Ending:
-        where = f"on {socket.gethostname()} ({self._host})"
-        return Ending(EndKind.CANNOT_WORK, message=f"{where}: {reason}", fatal=True)
+        return Ending(EndKind.CANNOT_WORK, message=self._at_home(reason), fatal=True)
+
+    def _at_home(self, reason: str) -> str:
+        return f"on {socket.gethostname()} ({self._host}): {reason}"
 
 
 def _cpus(mode: str, assignment: Assignment, *, use_gpu: bool) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -21,7 +21,7 @@ from raylaunch.cluster import placement
 from raylaunch.cluster.agents import Agents, AgentSeat
 from raylaunch.cluster.background import Background
 from raylaunch.cluster.console import Console
-from raylaunch.cluster.faults import RefusedError, ending_from, is_loss
+from raylaunch.cluster.faults import RefusedError, SeatLostError, ending_from, is_loss
 from raylaunch.cluster.node_actor import Death
 from raylaunch.cluster.worker_actor import WorkerActor
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
@@ -170,7 +170,7 @@ class Hands:
             else:
                 warm = await hand.actor.warm.remote(self._agents.ensure(hand.node).actor, gently=command.gently)
         except Exception as error:
-            return self._lost(hand, ending_from(error))
+            return self._call_failed(hand, error)
         if isinstance(warm, Ending):
             return self._post(e.WorkerFailed(time.monotonic(), hand.number, 0, warm))
         return self._post(
@@ -198,7 +198,9 @@ class Hands:
             hand.actor = AgentSeat(agent.actor, hand.number)
             try:
                 hello: Hello | Ending = await hand.actor.hello.remote()
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayActorError as error:
+                if ending_from(error).fatal:  # nothing that another could mend
+                    raise
                 await replaced.wait()
                 if node not in self._agents:
                     raise
@@ -242,7 +244,7 @@ class Hands:
         try:
             await hand.actor.answer.remote()
         except Exception as error:
-            return self._lost(hand, ending_from(error))
+            return self._call_failed(hand, error)
         return self._post(e.WorkerAnswered(time.monotonic(), hand.number, roll))
 
     def promote(self, command: do.Promote) -> None:
@@ -272,28 +274,31 @@ class Hands:
                 self._agents.show(hand.node, self.run.run_id, self._console.sources(assignment))
             ending: Ending | None = await outcome
         except Exception as error:
-            return self._lost(hand, ending_from(error))
+            return self._call_failed(hand, error)
         if ending is None:
-            return self._lost(hand, Ending(EndKind.KILLED))
+            return self._call_failed(hand, SeatLostError())
         if ending.kind is EndKind.RETURNED:
             return self._post(e.WorkerReturned(time.monotonic(), hand.number, generation))
         return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, ending))
 
     def collect(self, command: do.CollectResult) -> None:
-        """Fetch a value; `ResultCollected` follows, or a failure."""
+        """Fetch a value; `ResultCollected` follows, or `WorkerFailed` or `WorkerLost`."""
         self._background.start(self._collect(self._hands[command.worker], command.generation))
 
     async def _collect(self, hand: Hand, generation: int) -> None:
         try:
-            (self.values[hand.number],) = await hand.actor.collect.remote()
+            collected: tuple[Any] | Ending = await hand.actor.collect.remote()
         except Exception as error:
             if is_loss(error):
-                return self._lost(hand, ending_from(error))
+                return self._call_failed(hand, error)
             # It doesn't pickle there, or doesn't load here: that will be so again.
             reason = getattr(error, "cause", None) or error
             message = f"its return value can't be sent to the driver: {reason!r}"
             ending = Ending(EndKind.CANNOT_WORK, message=message, traceback=str(error), fatal=True)
             return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, ending))
+        if isinstance(collected, Ending):
+            return self._post(e.WorkerFailed(time.monotonic(), hand.number, generation, collected))
+        (self.values[hand.number],) = collected
         return self._post(e.ResultCollected(time.monotonic(), hand.number, generation))
 
     def stop_workers(self, command: do.StopWorkers) -> None:
@@ -332,6 +337,15 @@ class Hands:
             pickled: bytes | None = await asyncio.wait_for(asyncio.wrap_future(hand.exception.future()), seconds)
             return pickled
         return None
+
+    def _call_failed(self, hand: Hand, error: Exception) -> None:
+        """A worker is gone, or it looks like that."""
+        if hand.watched and isinstance(error, SeatLostError):
+            return None  # the agent, which has said so, watches it, too, and says how it ended
+        ending = ending_from(error)
+        if self._config.forked and ending.kind is EndKind.KILLED and isinstance(error, ray.exceptions.RayActorError):
+            ending = replace(ending, message="the agent of its node, which holds its seat, is gone")
+        return self._lost(hand, ending)
 
     def _lost(self, hand: Hand, ending: Ending) -> None:
         """Ray says that a worker is gone. Its process may not be; where an agent watches it, the agent will say so."""

@@ -83,7 +83,8 @@ class NodeAgent:
         raylet = Process(os.getppid(), start_time(os.getppid()) or 0)
         self._forker = _keep_forker(config, self._directory, raylet) if config.forked else None
         self._seats = NodeSeats(config, self._directory, self._pulse, self._end_worker) if config.forked else None
-        self._sweeper = start_sweeper(config.token, self._directory, raylet)
+        own = Process(os.getpid(), start_time(os.getpid()) or 0)
+        start_sweeper(config.token, self._directory, raylet=raylet, agent=own, lease=config.lease)
         threading.Thread(target=_go_with, args=(raylet,), name="raylaunch-raylet", daemon=True).start()
 
     async def seat(self, worker: int, method: str, *args: Any) -> Any:
@@ -159,10 +160,11 @@ class NodeAgent:
         What is left of a command has its time after SIGTERM, unless it is to go `at_once` as everything else.
         """
         loop = asyncio.get_running_loop()
+        if self._seats is not None:
+            self._seats.close()  # those that are still starting, too
         stubborn = await self._end_processes(list(self._processes.values()), seconds)
-        if self._forker is not None and self._seats is not None:
-            # One that nobody has been answered by yet still imports: it has no ranks that need time.
-            await loop.run_in_executor(None, self._forker.end, at_once or not self._seats.answered)
+        if self._forker is not None:
+            await loop.run_in_executor(None, self._forker.end, at_once)
         found = await loop.run_in_executor(None, strays, self._token, self._directory)
         stubborn += await self._end_processes([process for process, _ in found], seconds)
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -246,7 +248,7 @@ def _keep_forker(config: WorkerConfig, directory: str, raylet: Process) -> Forke
         environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # torch.distributed: the stores need it, whatever the commands want.
     preload = tuple(dict.fromkeys((*config.preload, "torch.distributed")))
-    return ForkerKeeper(Settings(directory, raylet, config.stop_seconds, preload), environ)
+    return ForkerKeeper(Settings(directory, raylet, config.stop_seconds, config.lease, preload), environ)
 
 
 def _go_with(raylet: Process) -> None:

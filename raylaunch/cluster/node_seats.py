@@ -1,6 +1,7 @@
 """The seats of a node whose ranks are forked: they live in the node's agent, which speaks for them to the coordinator.
 
-Called by way of the agent, as worker actors are called directly. Ranks ask it over a socket whether they are current.
+Called by way of the agent, as worker actors are called directly. Ranks ask it over a socket whether they are current,
+and tell it that they have returned.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from raylaunch.cluster.forked_seat import ForkedSeat
 from raylaunch.cluster.pulse import ANSWER_SECONDS, NodePulse
 from raylaunch.cluster.worker_config import RunConfig, WorkerConfig
 from raylaunch.cluster.worker_words import Hello
-from raylaunch.context import AGENT_SOCKET
+from raylaunch.context import AGENT_SOCKET, RETURNED
 from raylaunch.coordinator.commands import Assignment
 from raylaunch.worker.processes import REPLACED
 
@@ -41,14 +42,15 @@ class NodeSeats:
         self._pulse = pulse
         self._end = end
         self._seats: dict[int, ForkedSeat] = {}
-        #: Whether any worker has ever been there.
-        self.answered = False
         self._threads: dict[int, ThreadPoolExecutor] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = _listen(directory)
         self._server: asyncio.Task[None] | None = None
         self._joined: dict[int, asyncio.Event] = {}
-        self._calls: set[str] = set()
+        #: Set when what a worker has returned is asked for: so the coordinator knows that it has.
+        self._collected: dict[int, asyncio.Event] = {}
+        #: The file with what the run calls.
+        self._call = ""
         self._writing = asyncio.Lock()
 
     async def call(self, worker: int, method: str, *args: Any) -> Any:
@@ -63,6 +65,8 @@ class NodeSeats:
             return await self._join(worker, assignment, run)
         if method == "run":
             return await self._run(worker)
+        if method == "collect" and worker in self._collected:
+            self._collected[worker].set()
         return await self._do(worker, method)
 
     def stop(self, worker: int) -> None:
@@ -75,19 +79,30 @@ class NodeSeats:
         seat = self._seats.pop(worker, None)
         if seat is not None:
             self._joined.pop(worker).set()
+            self._collected.pop(worker).set()
+            seat.hang_up()  # its thread may wait for an answer
             thread = self._threads.pop(worker)
             thread.submit(seat.close)
             thread.shutdown(wait=False)
 
+    def close(self) -> None:
+        """End what is left of all workers."""
+        for worker in list(self._seats):
+            self.gone(worker)
+
     async def _hello(self, worker: int) -> Any:
         if self._server is None:
             self._server = asyncio.get_running_loop().create_task(self._serve())
-        self._joined[worker] = asyncio.Event()
-        self._seats[worker] = ForkedSeat(self._config, self._directory)
+        self._joined[worker], self._collected[worker] = asyncio.Event(), asyncio.Event()
+        self._seats[worker] = ForkedSeat(worker, self._config, self._directory)
         self._threads[worker] = ThreadPoolExecutor(1, f"raylaunch-seat-{worker}")
-        hello = await self._do(worker, "hello")
-        if isinstance(hello, Hello):
-            self.answered = True
+        hello = None
+        try:
+            hello = await self._do(worker, "hello")
+        finally:
+            if not isinstance(hello, Hello):  # nobody will call again
+                self.gone(worker)
+        if worker in self._seats:
             task = asyncio.get_running_loop().create_task(self._live(worker))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -98,10 +113,12 @@ class NodeSeats:
         if run.payload is not None:
             path = os.path.join(self._directory, f"call-{run.run_id}.pickle")
             async with self._writing:
-                if run.run_id not in self._calls:  # one for all seats of the node
+                if path != self._call:  # one for all seats of the node
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self._call)  # of a launcher's run before this one
                     data, _ = await run.payload
                     await asyncio.get_running_loop().run_in_executor(None, Path(path).write_bytes, data)
-                    self._calls.add(run.run_id)
+                    self._call = path
         try:
             return await self._do(worker, "join", assignment, run, path)
         finally:
@@ -132,13 +149,11 @@ class NodeSeats:
             for seconds in (self._config.lease, ANSWER_SECONDS):
                 with contextlib.suppress(asyncio.TimeoutError):
                     if await asyncio.wait_for(self._pulse.beat(worker), seconds):
-                        self._end(worker, REPLACED)
-                        return
+                        self._end(worker, REPLACED)  # once it is watched
                     break
             else:
                 lease = self._config.lease
                 self._end(worker, f"its lease of {lease:g} s without contact to the coordinator is over")
-                return
 
     # -- ranks that ask ----------------------------------------------------------------------------------------------
 
@@ -148,10 +163,19 @@ class NodeSeats:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, ValueError):
-            generation = int(await reader.readline())
-            writer.write(b"yes\n" if await self._is_current(generation) else b"no\n")
+            question, _, number = (await reader.readline()).decode().partition(" ")
+            yes = await (self._returned if question == RETURNED else self._is_current)(int(number))
+            writer.write(b"yes\n" if yes else b"no\n")
             await writer.drain()
         writer.close()
+
+    async def _returned(self, worker: int) -> bool:
+        """A worker's function has returned. Answered when the coordinator knows; whether the worker is still there."""
+        seat = self._seats.get(worker)
+        if seat is not None:
+            seat.returned()
+            await self._collected[worker].wait()
+        return worker in self._seats
 
     async def _is_current(self, generation: int) -> bool:
         """Ask the coordinator, through its restart, for as long as the lease allows."""

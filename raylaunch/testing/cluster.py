@@ -38,7 +38,7 @@ from raylaunch.testing import reaper
 from raylaunch.testing.background_run import BackgroundRun
 from raylaunch.testing.reaper import KILL_SECONDS, MARK, processes
 from raylaunch.testing.surroundings import environment, no_address_file, set_environment, sigterm_untouched
-from raylaunch.worker.process_group import FAKE_GPUS
+from raylaunch.worker.env import FAKE_GPUS
 from raylaunch.worker.processes import rank_of
 
 #: Ray's health checks, made quicker than its defaults (5 s, 3 s, 10 s, 5 times), so that a dead node is declared dead

@@ -49,6 +49,8 @@ DEFAULT_COPY_ENV: tuple[str, ...] = (
     *("WANDB_*", "MLFLOW_*", "COMET_*", "NEPTUNE_*", "CLEARML_*", "LOGLEVEL", "TQDM_*"),
 )
 
+#: Set on the nodes of clusters whose GPUs are a number that Ray believes (`raylaunch.testing`): CUDA is left alone.
+FAKE_GPUS = "RAYLAUNCH_FAKE_GPUS"
 #: Set for each rank by `rank_env`, so `env=` can't.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_*", "ROLE_*", "NODE_RANK", "MASTER_*")
 _RUN_VARIABLES = ("TORCHELASTIC_*", "RAYLAUNCH_*")
@@ -144,7 +146,8 @@ def command_env(
     Over what the node gives, without what Ray, a batch system or another launcher has set there, comes what was copied
     from the driver (everything, for commands), and over that the user's `env`.
     """
-    given = {name: value for name, value in node.items() if name == "HOSTNAME" or not _matches(name, _NEVER_COPIED)}
+    kept = ("HOSTNAME", FAKE_GPUS)
+    given = {name: value for name, value in node.items() if name in kept or not _matches(name, _NEVER_COPIED)}
     given.pop("OMP_NUM_THREADS", None)  # Ray 2.60's own, which it sets for every worker
     if _is_rays_debugger("PYTHONBREAKPOINT", given.get("PYTHONBREAKPOINT", "")):
         del given["PYTHONBREAKPOINT"]

@@ -112,7 +112,11 @@ class Forker:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def serve(self) -> Callable[[], None] | None:
-        """Serve until nobody is left. Returns None then; and in each fork, what that is to do."""
+        """Serve until nobody is left. Returns None then; and in each fork, what that is to do.
+
+        SIGTERM, which may come to all processes of a job, is for the ranks: they would die with their forker.
+        """
+        signal.signal(signal.SIGTERM, self._terminated)
         try:
             while self._agent_lives or self._clients or self._sessions:
                 for key, _ in self._selector.select(self._go_on()):
@@ -272,6 +276,11 @@ class Forker:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.close(null)
+
+    def _terminated(self, number: int, _: object) -> None:
+        if os.getpid() != self._pid:  # it came to a fork that is no rank yet
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def _agent_gone(self) -> None:
         self._selector.unregister(0)

@@ -29,33 +29,17 @@ class ForkerError(RaylaunchError):
 
 
 class ForkerGoneError(ForkerError):
-    """There is no forker; or the connection has ended, because it has, or what stood for the worker."""
-
-
-def connect_with_store(directory: str, seconds: float, host: str) -> tuple[ForkerClient, Process, int]:
-    """A connection to the forker whose run has this directory, and what `open_store` says.
-
-    The forker may just be starting, or be one that is just ending, before another comes. Raises `ForkerError`.
-    """
-    until = time.monotonic() + seconds
-    while True:
-        client = ForkerClient(directory, until - time.monotonic())
-        try:
-            return client, *client.open_store(host)
-        except ForkerGoneError:
-            client.close()
-            if time.monotonic() > until:
-                raise
-            time.sleep(_LOOK_SECONDS)
+    """The connection has ended: with the forker, or with the store that the worker had there."""
 
 
 class ForkerClient:
-    """One connection. Its calls come in order, from one thread; `stop` may come at any time."""
+    """One connection. Its calls come in order, from one thread; `stop`, `returned`, `hang_up` come at any time."""
 
     def __init__(self, directory: str, seconds: float) -> None:
         """Connect to the forker whose run has this directory, which may just be starting. Raises `ForkerError`."""
         self._connection = _connect(directory, seconds)
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._answers_kept: list[dict[str, Any]] = []
         self._thread = threading.Thread(target=self._read, name="raylaunch-forker", daemon=True)
         self._thread.start()
 
@@ -73,14 +57,22 @@ class ForkerClient:
         Raises `ForkerError`.
         """
         answer = self._ask({"do": "run", "order": asdict(order)})
+        if "returned" in answer:  # it has overtaken its start
+            self._answers_kept.append(answer)
+            answer = self._answer()
         if "signal" in answer:  # it was ended before it began
-            self._answers.put(answer)
+            self._answers_kept.append(answer)
             return 0
         return int(answer["pid"])
 
-    def wait(self) -> Ending:
-        """Wait until the rank's process has ended; how it did. Raises `ForkerError` when the worker has been ended."""
-        answer = self._answer()
+    def wait(self) -> Ending | None:
+        """Wait until the rank's process has ended; how it did. None: it says that it has returned (`returned`).
+
+        Raises `ForkerError` when the worker has been ended.
+        """
+        answer = self._answers_kept.pop() if self._answers_kept else self._answer()
+        if "returned" in answer:
+            return None
         if "signal" in answer:
             return Ending(EndKind.SIGNALED, signal=answer["signal"])
         code = answer["exit_code"]
@@ -90,10 +82,18 @@ class ForkerClient:
         """SIGTERM to the rank's whole session, and SIGKILL when its time is over."""
         self._send({"do": "stop"})
 
-    def close(self) -> None:
-        """Let go: the store and the rank's process, with its session, are ended."""
+    def returned(self) -> None:
+        """The rank says that it has returned, and is about to end: `wait` need not wait for that."""
+        self._answers.put({"returned": True})
+
+    def hang_up(self) -> None:
+        """End the connection. Whoever waits for an answer gets a `ForkerGoneError`."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go: the store and the rank's process, with its session, are ended."""
+        self.hang_up()
         self._thread.join()
         self._connection.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import IO
 
 from raylaunch.coordinator.commands import Process
-from raylaunch.worker.processes import Watch, end_process
+from raylaunch.worker.processes import Watch, end_process, wait_for_end
 from raylaunch.worker.sessions import is_in_session_of
+
+logger = logging.getLogger("raylaunch")
 
 #: The name of the forker's socket in the run's directory.
 SOCKET = "forker.sock"
@@ -35,6 +39,8 @@ class Settings:
     raylet: Process
     #: The run's `timeouts.stop`.
     stop_seconds: float
+    #: The run's `timeouts.lease`: how long a forker may be stopped (SIGSTOP).
+    lease: float
     preload: tuple[str, ...]
 
     @classmethod
@@ -60,6 +66,7 @@ def start_forker(settings: Settings, environ: Mapping[str, str]) -> tuple[Proces
     with starter.stdout as said:
         words = said.readline().split()
     if starter.wait() or not words:
+        starter.stdin.close()
         raise RuntimeError(f"the forker could not be started: exit code {starter.returncode}")
     pid, started = words
     return Process(int(pid), int(started)), starter.stdin
@@ -79,11 +86,11 @@ class ForkerKeeper:
         self._thread.start()
 
     def lives(self) -> bool:
-        """Whether there is one now."""
+        """Whether there is one now. One that is in its exit isn't: its forks die before it has ended."""
         if self._forker is None:
             return False
         with Watch(self._forker) as watch:
-            return watch.alive()
+            return not watch.doomed()
 
     def ends(self, process: Process) -> bool:
         """Whether this is in a rank's session: then the forker ends it, when it has had its time after SIGTERM."""
@@ -95,6 +102,9 @@ class ForkerKeeper:
             self._ending = True
             if self._pipe is not None:
                 self._pipe.close()
+        if self._forker is not None:
+            with Watch(self._forker) as watch:
+                watch.kill(signal.SIGTERM)  # it listens to that for as long as it has no ranks: while it imports
         if not at_once:
             self._thread.join(self._settings.stop_seconds + END_SECONDS)
         if self._forker is not None:
@@ -105,9 +115,12 @@ class ForkerKeeper:
             with self._lock:
                 if self._ending:
                     return
-                self._forker, self._pipe = start_forker(self._settings, self._environ)
-            with Watch(self._forker) as watch:
-                while not watch.wait(3600):
-                    pass
-            self._pipe.close()
+                try:
+                    self._forker, self._pipe = start_forker(self._settings, self._environ)
+                except (OSError, RuntimeError) as error:  # no more processes, a full disk: that may be over in a moment
+                    logger.warning("%s; it is tried again", error)
+                    self._pipe = None
+            if self._forker is not None and self._pipe is not None:
+                wait_for_end(self._forker, self._settings.lease)  # stopped, it would hear of no rank's end
+                self._pipe.close()
             time.sleep(0 if self._ending else RESTART_SECONDS)

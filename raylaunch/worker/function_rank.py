@@ -6,6 +6,7 @@ node's agent (`Outcome`). No Ray in here: what cloudpickle pickled is loaded by 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from raylaunch.context import RETURNED, ask_agent
 from raylaunch.coordinator.commands import Assignment
 from raylaunch.errors import Ending, EndKind, ending_of
 from raylaunch.worker import process_group
@@ -29,6 +31,7 @@ _CLOUDPICKLE = "ray.cloudpickle.cloudpickle"
 class FunctionCall:
     """What a rank needs besides the pickled function. Goes over as JSON."""
 
+    worker: int
     assignment: Assignment
     code_path: tuple[str, ...]
     backend: str | None
@@ -103,15 +106,21 @@ def run_call(payload: str, text: str) -> None:
     """Be the rank: join, call the function, leave word of how it ended, and end the process accordingly."""
     call = FunctionCall.parse(text)
     sys.path += [path for path in call.code_path if path not in sys.path and os.path.isdir(path)]
+    rank = os.getpid()
     outcome = _outcome(call, payload)
     assert outcome.ending is not None
     ending = outcome.ending
+    is_rank = os.getpid() == rank  # or a fork that train_fn made and that left it too: that is nobody's outcome
+    if is_rank:
+        outcome.write(call.outcome)
     if ending.kind is not EndKind.RETURNED:
-        sys.stderr.write(ending.traceback or f"{ending.message}\n")
-    outcome.write(call.outcome)
-    if ending.kind is not EndKind.RETURNED:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # train_fn has closed it, or put something there
+            sys.stderr.write(ending.traceback or f"{ending.message}\n")
         sys.exit(1 if ending.exit_code is None else ending.exit_code)
-    process_group.leave()
+    if is_rank:
+        # Peers that still need it fail when it leaves: not before it is known that it has returned, which is the cause.
+        ask_agent(os.path.dirname(call.outcome), f"{RETURNED} {call.worker}", None)
+        process_group.leave()
 
 
 def _outcome(call: FunctionCall, payload: str) -> Outcome:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from raylaunch.coordinator.commands import Assignment
 from raylaunch.errors import RaylaunchError
-from raylaunch.worker.env import visible_devices
+from raylaunch.worker.env import FAKE_GPUS, visible_devices
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -32,8 +32,6 @@ _GLOO_COLLATERAL = (
 #: Errors of torch's own types that no peer's end explains: two ranks on one GPU, an error of this rank's CUDA, an
 #: address that this process can't have.
 _OWN_FAULT = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError", "failed to listen")
-#: Set on the nodes of clusters whose GPUs are a number that Ray believes (`raylaunch.testing`): CUDA is left alone.
-FAKE_GPUS = "RAYLAUNCH_FAKE_GPUS"
 #: How many exceptions of a chain `is_collateral` looks at.
 _CHAIN_LIMIT = 32
 

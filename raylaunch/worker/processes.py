@@ -47,6 +47,8 @@ _FATAL = {
 _LAST_WORDS = re.compile(r"(\d+)-(\d+)\.txt")
 #: How much is read of a file of last words, and of a process's environment, in bytes.
 _LAST_WORDS_LIMIT = 100_000
+#: How often to look whether a process is stopped, in seconds: nobody but its parent is told.
+LOOK_SECONDS = 1.0
 #: Why a process left that is no more wanted.
 REPLACED = "it has been replaced"
 _ENVIRON_LIMIT = 4_000_000
@@ -169,6 +171,17 @@ def end_process(process: Process, seconds: float, *, patience: float = 0.0) -> b
             return True
         watch.kill()
         return watch.wait(seconds)
+
+
+def wait_for_end(process: Process, longest_stop: float) -> None:
+    """Wait until a process has ended. One that stays stopped (SIGSTOP) for so many seconds is killed."""
+    looks = 0  # and not time: whoever stopped it may have stopped us, too, and lets both go on
+    with Watch(process) as watch:
+        while not watch.wait(LOOK_SECONDS):
+            fields = stat_fields(process.pid)
+            looks = looks + 1 if fields and fields[STATE] == b"T" else 0
+            if looks * LOOK_SECONDS >= longest_stop:
+                watch.kill()
 
 
 def token_of(token: str, worker: Process) -> str:

@@ -1,44 +1,44 @@
 """The sweeper: a plain process beside each node agent; it sees that nothing of a run stays on its node, whatever dies.
 
-It waits until the agent is gone, however it went. From then on it ends what a worker has left when the worker is gone;
-and when the raylet goes, which would have ended the workers, it ends them too, stopped ones included. It goes when
-nothing of the run is left here. Standard library only, no Ray, no threads.
+It waits until the agent is gone, however it went; one that stays stopped (SIGSTOP) for a lease it ends, so that there
+can be another. From then on it ends what a worker has left when the worker is gone; and when the raylet goes, which
+would have ended the workers, it ends them too, stopped ones included. It goes when nothing of the run is left here.
+Standard library only, no Ray, no threads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 from raylaunch.coordinator.commands import Process
-from raylaunch.worker.processes import Watch, end_process, forget_last_words, strays, workers_in
+from raylaunch.worker.processes import Watch, end_process, forget_last_words, strays, wait_for_end, workers_in
 
 #: How long one process may take to be gone after its SIGKILL, in seconds.
 END_SECONDS = 3.0
 
 
-def start_sweeper(token: str, directory: str, raylet: Process) -> IO[bytes]:
-    """Start one, in a session of its own; it waits for as long as what is returned is open."""
+def start_sweeper(token: str, directory: str, *, raylet: Process, agent: Process, lease: float) -> None:
+    """Start one, in a session of its own, for a node's agent, which may be stopped for `lease` seconds."""
     # Without the run's variables: it is no process of the run.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
     environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     starter = subprocess.Popen(
-        [sys.executable, "-S", "-m", __name__, token, directory, str(raylet.pid), str(raylet.started)],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-S", "-m", __name__, json.dumps([token, directory, asdict(raylet), asdict(agent), lease])],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
         cwd="/",
         env=environ,
     )
     starter.wait()
-    assert starter.stdin is not None
-    return starter.stdin
 
 
 def sweep(token: str, directory: str, raylet: Process) -> None:
@@ -73,11 +73,11 @@ def sweep(token: str, directory: str, raylet: Process) -> None:
 
 def main() -> None:
     """The process's own beginning and end."""
-    token, directory, pid, started = sys.argv[1:]
+    token, directory, raylet, agent, lease = json.loads(sys.argv[1])
     if os.fork():  # nobody's child: Ray 2.60 kills a worker's children when the worker leaves in order
         os._exit(0)
-    os.read(0, 1)
-    sweep(token, directory, Process(int(pid), int(started)))
+    wait_for_end(Process(**agent), lease)
+    sweep(token, directory, Process(**raylet))
 
 
 if __name__ == "__main__":

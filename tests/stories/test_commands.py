@@ -174,7 +174,9 @@ def test_a_forker_that_is_killed_is_a_failure_like_any_other(one_node, start_com
     os.kill(forker, signal.SIGKILL)
     up(tmp_path, 2, 2)
     (tmp_path / "enough").touch()
-    assert run.result().restarts == 1
+    result = run.result()
+    assert result.restarts == 1
+    assert "the process that forks its node's ranks is gone" in result.recoveries[0].cause
 
 
 def test_a_script_that_is_not_there_names_node_and_path(one_node, start_command, tmp_path):

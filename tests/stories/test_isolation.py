@@ -164,10 +164,21 @@ def test_what_can_not_be_sent_is_said(one_node, start):
         raylaunch.run(print, isolation="thread")
 
 
+def test_a_rank_that_returns_while_others_need_it_is_the_cause_of_their_failure(one_node, start):
+    def train():
+        if dist.get_rank():
+            total()
+
+    error = start(train, num_workers=2, isolation="process", max_restarts=0).error()
+    assert "rank 0 had already returned and left the group" in str(error)
+
+
 def test_a_launcher_holds_such_processes_too(one_node, tmp_path):
     with raylaunch.Launcher(num_workers=2, isolation="process", log_dir=str(tmp_path)) as launcher:
         first = launcher.run(lambda: (total(), os.getpid()))
         second = launcher.run(lambda: (total() + 1, os.getpid()))
+        (directory,) = (Path(one_node.log_dir).parent / "raylaunch").glob(f"{launcher.name}-*")
+        assert len(list(directory.glob("call-*"))) == 1  # what the first run called is gone
     assert [value for value, _ in first] == [2, 2]
     assert [value for value, _ in second] == [3, 3]
     assert not {pid for _, pid in first} & {pid for _, pid in second}
@@ -185,4 +196,6 @@ def test_a_killed_agent_is_a_failure_like_any_other(one_node, start, tmp_path):
     second = pids(tmp_path, 2)
     assert not set(first) & set(second)
     Path(go).touch()
-    assert run.result().restarts == 1
+    result = run.result()
+    assert result.restarts == 1
+    assert "the agent of its node, which holds its seat, is gone" in result.recoveries[0].cause

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from raylaunch.command import Entry
 from raylaunch.coordinator.commands import Process
 from raylaunch.errors import Ending, EndKind
 from raylaunch.worker.forked import Order
-from raylaunch.worker.forker_client import ForkerClient, ForkerError, connect_with_store
+from raylaunch.worker.forker_client import ForkerClient, ForkerError
 from raylaunch.worker.forker_keeper import ForkerKeeper, Settings, start_forker
 from raylaunch.worker.processes import Watch, end_process, start_time, strays
 from raylaunch.worker.sessions import is_in_session_of
@@ -39,7 +40,7 @@ class Node:
         self.settings = Settings(
             str(self.directory),
             Process(self.raylet.pid, start_time(self.raylet.pid)),
-            **{"stop_seconds": 5.0, "preload": (), **settings},
+            **{"stop_seconds": 5.0, "lease": 60.0, "preload": (), **settings},
         )
         self.forker, self.agent = start_forker(self.settings, {**os.environ, "RAYLAUNCH_RUN_ID": "test"})
         self.clients: list[ForkerClient] = []
@@ -435,17 +436,53 @@ def test_a_keeper_starts_a_new_forker_when_one_has_died(tmp_path, python):
     eventually(keeper.lives, "there is a forker", SECONDS)
     first = node.client()
     assert first.start(node.order("")) > 0
-    os.kill(keeper._forker.pid, signal.SIGKILL)
+    died = keeper._forker
+    os.kill(died.pid, signal.SIGKILL)
     with pytest.raises(ForkerError, match="has ended"):
         first.wait(), first.wait()  # the rank's end may have been told before
-    second, _, _ = connect_with_store(str(node.directory), SECONDS, "127.0.0.1")  # the first may still be dying
-    assert keeper.lives()
+    eventually(lambda: keeper._forker != died and keeper.lives(), "there is another", SECONDS)
+    second = node.client()
     assert second.start(node.order("")) > 0
     second.wait()
     for client in (first, second):
         client.close()
     keeper.end(at_once=False)
     assert not keeper.lives()
+
+
+def test_a_keeper_tries_again_what_has_failed(tmp_path, python):
+    node = Node(tmp_path, python)
+    node.close()
+    (tmp_path / "full").touch()  # no folder: as a disk that is full, for a while
+    keeper = ForkerKeeper(replace(node.settings, directory=str(tmp_path / "full")), os.environ)
+    time.sleep(1.0)  # until it has failed: nothing tells
+    (tmp_path / "full").unlink()
+    eventually(keeper.lives, "there is one", SECONDS)
+    keeper.end(at_once=False)
+    assert not keeper.lives()
+
+
+def test_a_keeper_ends_a_forker_that_stays_stopped(tmp_path, python):
+    node = Node(tmp_path, python, lease=1.0)
+    node.close()
+    keeper = ForkerKeeper(node.settings, os.environ)
+    eventually(keeper.lives, "there is one", SECONDS)
+    first = keeper._forker
+    os.kill(first.pid, signal.SIGSTOP)
+    eventually(lambda: keeper._forker != first and keeper.lives(), "there is another", SECONDS)
+    keeper.end(at_once=False)
+
+
+def test_sigterm_to_the_forker_is_for_its_ranks(node):
+    """Whoever ends a job asks all of its processes: a rank that saves then mustn't die with its forker."""
+    client, pid, _ = node.start("import time; print('up'); time.sleep(1000)")
+    os.kill(node.forker.pid, signal.SIGTERM)
+    other = node.client()
+    assert other.start(node.order("")) > 0
+    assert other.wait() == Ending(EndKind.RETURNED)
+    assert runs(pid)
+    client.stop()
+    assert client.wait() == Ending(EndKind.SIGNALED, signal=signal.SIGTERM)
 
 
 def test_what_can_not_be_preloaded_is_told(tmp_path, python):

@@ -209,11 +209,15 @@ def test_programs_and_forks_of_a_worker_are_found_and_it_is_named(worker, sleepe
     assert strays("run-2", str(tmp_path)) == []
 
 
+def sweep(words, raylet, agent, lease=60.0):
+    start_sweeper("run-1", words, raylet=identity(raylet), agent=identity(agent), lease=lease)
+
+
 def test_the_sweeper_ends_what_a_worker_leaves_when_it_is_gone_and_then_itself(worker, sleeper, tmp_path):
-    words, raylet = str(tmp_path / "words"), sleeper()
+    words, raylet, agent = str(tmp_path / "words"), sleeper(), sleeper()
     (first, children), (second, others) = worker("run-1"), worker("run-1")
-    sweeper = start_sweeper("run-1", words, identity(raylet))
-    sweeper.close()  # its agent has died at once
+    sweep(words, raylet, agent)
+    agent.kill()
     first.kill()
     eventually(lambda: not any(alive(one) for one in children), "what the first has left is gone")
     assert all(alive(one) for one in others)
@@ -223,38 +227,52 @@ def test_the_sweeper_ends_what_a_worker_leaves_when_it_is_gone_and_then_itself(w
 
 
 def test_when_the_raylet_goes_too_the_sweeper_ends_the_workers_even_stopped_ones(worker, sleeper, tmp_path):
-    words, raylet = str(tmp_path / "words"), sleeper()
+    words, raylet, agent = str(tmp_path / "words"), sleeper(), sleeper()
     mine, children = worker("run-1")
     who = identity(mine)
     mine.send_signal(signal.SIGSTOP)
-    sweeper = start_sweeper("run-1", words, identity(raylet))
+    sweep(words, raylet, agent)
     raylet.kill()
-    sweeper.close()
+    agent.kill()
     eventually(lambda: not any(alive(one) for one in (who, *children)), "worker and children are gone")
 
 
 def test_a_sweeper_leaves_another_nodes_workers_on_the_same_machine_alone(worker, sleeper, tmp_path):
-    raylet = sleeper()
+    raylet, agent = sleeper(), sleeper()
     (mine, children), (other, others) = worker("run-1", "words"), worker("run-1", "other node's words")
     who = identity(mine)
-    sweeper = start_sweeper("run-1", str(tmp_path / "words"), identity(raylet))
+    sweep(str(tmp_path / "words"), raylet, agent)
     raylet.kill()
-    sweeper.close()
+    agent.kill()
     eventually(lambda: not (tmp_path / "words").exists(), "the sweeper is done")
     assert not any(alive(one) for one in (who, *children))
     assert all(alive(one) for one in (identity(other), *others))
 
 
 def test_while_its_agent_lives_the_sweeper_touches_nothing(worker, sleeper, tmp_path):
-    words, raylet = str(tmp_path / "words"), sleeper()
+    words, raylet, agent = str(tmp_path / "words"), sleeper(), sleeper()
     mine, children = worker("run-1")
-    sweeper = start_sweeper("run-1", words, identity(raylet))
+    sweep(words, raylet, agent)
     mine.kill()
     mine.wait()
     time.sleep(0.5)  # nothing happens, for which there is no event
     assert all(alive(one) for one in children)
-    sweeper.close()
+    agent.kill()
     eventually(lambda: not any(alive(one) for one in children), "what the worker has left is gone")
+
+
+def test_the_sweeper_ends_an_agent_that_stays_stopped(worker, sleeper, tmp_path):
+    """There can't be another before; but a moment does no harm."""
+    words, raylet, (brief, stopped) = str(tmp_path / "words"), sleeper(), (sleeper(), sleeper())
+    worker("run-1")  # or the sweepers would be done at once
+    sweep(words, raylet, brief, lease=2.0)
+    sweep(words, raylet, stopped, lease=2.0)
+    for agent in (brief, stopped):
+        agent.send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    brief.send_signal(signal.SIGCONT)
+    assert stopped.wait(10.0) == -signal.SIGKILL
+    assert brief.poll() is None
 
 
 def alive(process: Process) -> bool:
