@@ -40,9 +40,9 @@ def get_current_launcher() -> ElasticLauncher:
     return (_current or _outside()).launcher
 
 
-def current_copy() -> BoardCopy:
-    """This process's copy of the board."""
-    return (_current or _outside()).copy
+def current_copy() -> BoardCopy | None:
+    """This process's copy of the board; None outside of a launch."""
+    return _current and _current.copy
 
 
 def here(launcher: ElasticLauncher, copy: BoardCopy) -> Here:

@@ -16,10 +16,9 @@ from raylaunch.elastic.params import JOB_OPTIONS, OMP, SPEC_OPTIONS, Params
 from raylaunch.elastic.progress import ProgressDisplay
 from raylaunch.errors import ConfigError
 from raylaunch.spec import RunSpec, Timeouts, make_spec
-from raylaunch.torchrun.rendezvous import parse_conf, run_id_for, timeouts_of
+from raylaunch.torchrun.rendezvous import run_id_for
 from raylaunch.worker.board_copy import BoardCopy
 from raylaunch.worker.env import DEFAULT_COPY_ENV
-from raylaunch.worker.payload import check_call
 
 if TYPE_CHECKING:
     from raylaunch.cluster.run import Run
@@ -45,7 +44,6 @@ def launch(
     launcher: ElasticLauncher, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Any]:
     """Carry it out; the values by rank."""
-    check_call(function, args, kwargs)
     params, settled = launcher.config, launcher._settled  # noqa: SLF001 - the launcher's own helper
     assert settled is not None, "the launcher has settled it"
     spec, setup = spec_of(params, settled, launcher.dist_backend), setup_of(params)
@@ -97,7 +95,7 @@ def spec_of(params: Params, settled: NodeDevices, backend: str | None) -> RunSpe
         backend=backend,
         max_restarts=params.max_restarts,
         run_id=run_id_for(params.rdzv_id),
-        timeouts=replace(timeouts, **timeouts_of(parse_conf(params.rdzv_configs), "rdzv_configs ")),
+        timeouts=replace(timeouts, **params.timeouts()),
         **options,
     )
 

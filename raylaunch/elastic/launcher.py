@@ -15,6 +15,7 @@ from raylaunch.elastic.params import NAMES, Params, unknown_parameter
 from raylaunch.elastic.standing import Standing
 from raylaunch.errors import ConfigError
 from raylaunch.worker.board_copy import BoardCopy
+from raylaunch.worker.payload import check_call
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ class ElasticLauncher(Standing):
         run_options: Mapping[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in NAMES}
-        self._become(Params(**{**given, "run_options": dict(run_options or {})}), frozen=False)
+        self._become(Params(**given), frozen=False)
 
     def _become(self, params: Params, *, frozen: bool, settled: NodeDevices | None = None) -> None:
         state = {"_params": params, "_frozen": frozen, "_settled": settled, "_copy": BoardCopy()}
@@ -118,7 +119,7 @@ class ElasticLauncher(Standing):
     def clone(self) -> ElasticLauncher:
         """A launcher with the same parameters that isn't frozen."""
         other = ElasticLauncher()
-        other._become(self._params, frozen=False)
+        other._become(replace(self._params), frozen=False)
         return other
 
     def update_params(self, params: Mapping[str, Any] | None = None, /, **more: Any) -> ElasticLauncher:
@@ -180,6 +181,7 @@ class ElasticLauncher(Standing):
         if not self._launching.acquire(blocking=False):
             raise ConfigError("this launcher has a launch going on, whose events are its own; clone() gives another")
         try:
+            check_call(entrypoint, args, kwargs)
             self.freeze()
             object.__setattr__(self, "_settled", self._settle())
             self._backend()

@@ -121,6 +121,25 @@ def test_events_work_between_the_threads_of_the_process():
     assert not events.stop_all_tasks.is_set()
 
 
+def test_what_cannot_be_called_so_is_refused_as_on_a_cluster():
+    async def coroutine():
+        return 1
+
+    launcher = ElasticLauncher("cpu", eager_mode=True)
+    with pytest.raises(ConfigError, match="is a coroutine function"):
+        launcher(coroutine)
+    with pytest.raises(ConfigError, match="don't fit"):
+        launcher(lambda x: x)
+    launcher.nnodes = 2  # a call that was refused has frozen nothing
+
+
+@pytest.mark.parametrize("progress", [("3", 4), (3, "4"), (0.5, None)])
+def test_progress_is_counted_in_whole_numbers(progress):
+    launcher = ElasticLauncher("cpu", eager_mode=True)
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        launcher(lambda: launcher.between_steps(*progress))
+
+
 def test_ray_is_not_imported():
     script = (
         "import sys, raylaunch\n"
