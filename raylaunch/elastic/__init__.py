@@ -5,8 +5,8 @@
 
 The map: `devices` reads device strings, `params` knows the parameters, `launcher` is the launcher, with `standing` and
 `current`; `launch` makes a run of it, `call` is what a rank calls, `eager` a launch without Ray; `events` and `steps`
-are what driver and ranks tell one another between the steps, `progress` what the driver shows of it; `batch`, `debug` and
-`remote_pdb` help. Neither Ray nor torch is imported with it.
+are what driver and ranks tell one another between the steps, `progress` what the driver shows of it; `batch`, `debug`
+and `remote_pdb` help. Neither Ray nor torch is imported with it.
 """
 
 from raylaunch.elastic.batch import split_batch

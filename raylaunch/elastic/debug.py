@@ -43,7 +43,7 @@ def set_trace(rank: int = 0, *, timeout: float = ATTACH_SECONDS) -> None:
         return
     copy, mark = current_copy(), (context.generation, _count)
     if copy is None:  # nothing would tell the others that it is over
-        raise ConfigError("set_trace: the ranks wait for one another in the launch of an ElasticLauncher, which this isn't")
+        raise ConfigError("set_trace: ranks wait for one another in the launch of an ElasticLauncher, which this isn't")
     if context.rank != rank:
         copy.wait(lambda: bool(copy.get(DEBUGGER_END) == mark), DEBUG_SECONDS)
         return

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError, replace
 from typing import TYPE_CHECKING, Any
 
 from raylaunch.context import get_context
-from raylaunch.elastic.current import here
+from raylaunch.elastic.current import Here, here
 from raylaunch.elastic.devices import NodeDevices, parse_devices, resolve
 from raylaunch.elastic.events import Events
 from raylaunch.elastic.params import NAMES, Params, unknown_parameter
@@ -209,7 +209,7 @@ class ElasticLauncher(Standing):
             total: of how many.
             save: saves a checkpoint. Called on every rank; it decides what each does.
         """
-        own = here(self, self._copy)
+        own = self._here()
         if iteration is not None:
             own.events.progress(iteration, total)
         return own.steps.between(save)
@@ -224,7 +224,7 @@ class ElasticLauncher(Standing):
     @property
     def events(self) -> Events:
         """What driver and ranks tell one another."""
-        return here(self, self._copy).events
+        return self._here().events
 
     @property
     def eager_mode(self) -> bool:
@@ -260,6 +260,9 @@ class ElasticLauncher(Standing):
                 " which nccl refuses; use 'gloo' or 'auto'"
             )
         return asked
+
+    def _here(self) -> Here:
+        return here(self, self._copy, launching=self._launching.locked())
 
     def _settle(self) -> NodeDevices:
         """What the devices come to: on the cluster, or in this process."""

@@ -63,7 +63,7 @@ class Params:
     on_interrupt: str = "stop"
     save_timeout: float = 60.0
     eager_mode: bool = False
-    run_options: Mapping[str, Any] | None = field(default_factory=dict)
+    run_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Nobody else's mapping: who changes his, or that of a clone, changes nothing here."""
