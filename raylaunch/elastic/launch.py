@@ -79,7 +79,10 @@ def spec_of(params: Params, settled: NodeDevices, backend: str | None) -> RunSpe
     """The run that the parameters ask for. Raises `ConfigError`."""
     low, high = params.nodes
     options = {name: value for name, value in params.run_options.items() if name in SPEC_OPTIONS}
-    resources = dict(options.pop("resources_per_worker", None) or {})
+    asked = options.pop("resources_per_worker", None) or {}
+    if not isinstance(asked, Mapping):
+        raise ConfigError(f"run_options['resources_per_worker']={asked!r}: must map names of resources to numbers")
+    resources = dict(asked)
     if "GPU" in resources:
         raise ConfigError("run_options['resources_per_worker']: `devices` says how much of a GPU each process has")
     if settled.kind == "cuda":

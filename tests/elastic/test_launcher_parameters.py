@@ -159,10 +159,10 @@ def test_what_a_run_is_made_of():
     setup = setup_of(params)
     assert setup.env == {"OMP_NUM_THREADS": "3", "A": "1"}
     assert setup.preload[0] == "json"
-    with pytest.raises(ConfigError, match="`devices` says how much of a GPU"):
-        spec_of(
-            dataclasses.replace(params, run_options={"resources_per_worker": {"GPU": 1}}), NodeDevices("cpu", 1), "gloo"
-        )
+    for resources, words in (({"GPU": 1}, "`devices` says how much of a GPU"), (5, "must map names of resources")):
+        given = dataclasses.replace(params, run_options={"resources_per_worker": resources})
+        with pytest.raises(ConfigError, match=words):
+            spec_of(given, NodeDevices("cpu", 1), "gloo")
 
 
 def test_every_option_of_a_run_is_a_parameter_or_can_be_given_by_name():
