@@ -126,11 +126,11 @@ def _save_first(params: Params, copy: BoardCopy, run: Run) -> None:
     if params.on_interrupt != "save_then_stop":
         return
     events = Events(copy)
-    logger.warning(
-        "interrupted: a checkpoint is saved before the launch is stopped, within %g s; once more stops it at once",
-        params.save_timeout,
-    )
     try:
+        logger.warning(
+            "interrupted: a checkpoint is saved before the launch is stopped, within %g s; once more stops it at once",
+            params.save_timeout,
+        )
         events.trigger_save_checkpoint.set()
         copy.wait(lambda: events.finished_save_checkpoint.is_set() or run.future.done(), params.save_timeout)
     except (KeyboardInterrupt, SystemExit):

@@ -181,8 +181,8 @@ class ElasticLauncher(Standing):
         if not self._launching.acquire(blocking=False):
             raise ConfigError("this launcher has a launch going on, whose events are its own; clone() gives another")
         try:
-            check_call(entrypoint, args, kwargs)
             self.freeze()
+            check_call(entrypoint, args, kwargs)
             object.__setattr__(self, "_settled", self._settle())
             self._backend()
             if self._params.eager_mode:
