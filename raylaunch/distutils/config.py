@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -31,7 +32,7 @@ class Config:
     cpu: bool
     distributed_backend: str
     init_method: str = "tcp"
-    shared_file_dir: str | None = None
+    shared_file_dir: str | os.PathLike[str] | None = None
     array_job_num: int | str = 0
     timeout: float = 30.0
 
@@ -49,7 +50,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cpu": (lambda value: isinstance(value, bool), "True or False"),
     "distributed_backend": (lambda value: isinstance(value, str) and value != "", "a backend's name, as 'gloo'"),
     "init_method": (lambda value: value in ("tcp", "file"), "'tcp' or 'file'"),
-    "shared_file_dir": (lambda value: value is None or isinstance(value, str), "a folder"),
+    "shared_file_dir": (lambda value: value is None or isinstance(value, (str, os.PathLike)), "a folder's path"),
     "array_job_num": (lambda value: isinstance(value, (int, str)), "a number"),
     "timeout": (
         lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf,

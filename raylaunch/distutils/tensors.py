@@ -143,7 +143,8 @@ def _tensor_of(data: Any) -> torch.Tensor:
         return data
     import numpy as np  # which torch doesn't bring
 
-    return torch.tensor(np.asarray(data))
+    array = np.asarray(data)  # torch takes neither negative strides nor the other order of bytes
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
 
 
 def _plain(tensor: torch.Tensor) -> Any:

@@ -40,14 +40,16 @@ def get_current_launcher() -> ElasticLauncher:
     return (_current or _outside()).launcher
 
 
-def current_copy() -> BoardCopy:
-    """This process's copy of the board."""
-    return (_current or _outside()).copy
+def current_copy() -> BoardCopy | None:
+    """This process's copy of the board; None outside of a launch."""
+    return None if _current is None else _current.copy
 
 
-def here(launcher: ElasticLauncher, copy: BoardCopy) -> Here:
-    """In a launch, whichever launcher is asked, the process's own; else that of this launcher."""
-    return _current or Here.of(launcher, copy)
+def here(launcher: ElasticLauncher, copy: BoardCopy, *, launching: bool) -> Here:
+    """In a rank, whichever launcher is asked, the process's own, but for one that launches from there; else its own."""
+    if _current is None or (launching and copy is not _current.copy):
+        return Here.of(launcher, copy)
+    return _current
 
 
 @contextmanager

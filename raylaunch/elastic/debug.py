@@ -27,7 +27,7 @@ def set_trace(rank: int = 0, *, timeout: float = ATTACH_SECONDS) -> None:
         timeout: how long it waits for somebody to attach, in seconds; then it goes on.
 
     Raises:
-        ConfigError: there is no such rank.
+        ConfigError: there is no such rank; or this is a run of several that no ElasticLauncher has launched.
     """
     global _count  # noqa: PLW0603 - the process's own calls, which all ranks make alike
     from raylaunch.elastic import remote_pdb
@@ -42,6 +42,8 @@ def set_trace(rank: int = 0, *, timeout: float = ATTACH_SECONDS) -> None:
         remote_pdb.on_the_terminal(frame)
         return
     copy, mark = current_copy(), (context.generation, _count)
+    if copy is None:  # nothing would tell the others that it is over
+        raise ConfigError("set_trace: ranks wait for one another in the launch of an ElasticLauncher, which this isn't")
     if context.rank != rank:
         copy.wait(lambda: bool(copy.get(DEBUGGER_END) == mark), DEBUG_SECONDS)
         return

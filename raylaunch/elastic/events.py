@@ -9,6 +9,7 @@ while a pause goes on is paused from its first step. Reading an event asks nobod
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 from raylaunch.coordinator.board import PAUSE, PAUSED, PROGRESS, SAVE, SAVED, STOP
@@ -78,9 +79,13 @@ class Events:
         Args:
             iteration: how many steps are done.
             total: of how many; None: nobody knows.
+
+        Raises:
+            TypeError: these are no whole numbers.
         """
+        numbers = operator.index(iteration), None if total is None else operator.index(total)
         if self._copy.writer <= 0:
-            self._copy.put(PROGRESS, (iteration, total, self._generation or 0))
+            self._copy.put(PROGRESS, (*numbers, self._generation or 0))
 
     @property
     def iteration(self) -> int:

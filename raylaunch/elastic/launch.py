@@ -16,10 +16,9 @@ from raylaunch.elastic.params import JOB_OPTIONS, OMP, SPEC_OPTIONS, Params
 from raylaunch.elastic.progress import ProgressDisplay
 from raylaunch.errors import ConfigError
 from raylaunch.spec import RunSpec, Timeouts, make_spec
-from raylaunch.torchrun.rendezvous import parse_conf, run_id_for, timeouts_of
+from raylaunch.torchrun.rendezvous import run_id_for
 from raylaunch.worker.board_copy import BoardCopy
 from raylaunch.worker.env import DEFAULT_COPY_ENV
-from raylaunch.worker.payload import check_call
 
 if TYPE_CHECKING:
     from raylaunch.cluster.run import Run
@@ -45,7 +44,6 @@ def launch(
     launcher: ElasticLauncher, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Any]:
     """Carry it out; the values by rank."""
-    check_call(function, args, kwargs)
     params, settled = launcher.config, launcher._settled  # noqa: SLF001 - the launcher's own helper
     assert settled is not None, "the launcher has settled it"
     spec, setup = spec_of(params, settled, launcher.dist_backend), setup_of(params)
@@ -81,7 +79,10 @@ def spec_of(params: Params, settled: NodeDevices, backend: str | None) -> RunSpe
     """The run that the parameters ask for. Raises `ConfigError`."""
     low, high = params.nodes
     options = {name: value for name, value in params.run_options.items() if name in SPEC_OPTIONS}
-    resources = dict(options.pop("resources_per_worker", None) or {})
+    asked = options.pop("resources_per_worker", None) or {}
+    if not isinstance(asked, Mapping):
+        raise ConfigError(f"run_options['resources_per_worker']={asked!r}: must map names of resources to numbers")
+    resources = dict(asked)
     if "GPU" in resources:
         raise ConfigError("run_options['resources_per_worker']: `devices` says how much of a GPU each process has")
     if settled.kind == "cuda":
@@ -97,7 +98,7 @@ def spec_of(params: Params, settled: NodeDevices, backend: str | None) -> RunSpe
         backend=backend,
         max_restarts=params.max_restarts,
         run_id=run_id_for(params.rdzv_id),
-        timeouts=replace(timeouts, **timeouts_of(parse_conf(params.rdzv_configs), "rdzv_configs ")),
+        timeouts=replace(timeouts, **params.timeouts()),
         **options,
     )
 
@@ -125,11 +126,11 @@ def _save_first(params: Params, copy: BoardCopy, run: Run) -> None:
     if params.on_interrupt != "save_then_stop":
         return
     events = Events(copy)
-    logger.warning(
-        "interrupted: a checkpoint is saved before the launch is stopped, within %g s; once more stops it at once",
-        params.save_timeout,
-    )
     try:
+        logger.warning(
+            "interrupted: a checkpoint is saved before the launch is stopped, within %g s; once more stops it at once",
+            params.save_timeout,
+        )
         events.trigger_save_checkpoint.set()
         copy.wait(lambda: events.finished_save_checkpoint.is_set() or run.future.done(), params.save_timeout)
     except (KeyboardInterrupt, SystemExit):

@@ -8,13 +8,14 @@ from dataclasses import FrozenInstanceError, replace
 from typing import TYPE_CHECKING, Any
 
 from raylaunch.context import get_context
-from raylaunch.elastic.current import here
+from raylaunch.elastic.current import Here, here
 from raylaunch.elastic.devices import NodeDevices, parse_devices, resolve
 from raylaunch.elastic.events import Events
 from raylaunch.elastic.params import NAMES, Params, unknown_parameter
 from raylaunch.elastic.standing import Standing
 from raylaunch.errors import ConfigError
 from raylaunch.worker.board_copy import BoardCopy
+from raylaunch.worker.payload import check_call
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ class ElasticLauncher(Standing):
         run_options: Mapping[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in NAMES}
-        self._become(Params(**{**given, "run_options": dict(run_options or {})}), frozen=False)
+        self._become(Params(**given), frozen=False)
 
     def _become(self, params: Params, *, frozen: bool, settled: NodeDevices | None = None) -> None:
         state = {"_params": params, "_frozen": frozen, "_settled": settled, "_copy": BoardCopy()}
@@ -118,7 +119,7 @@ class ElasticLauncher(Standing):
     def clone(self) -> ElasticLauncher:
         """A launcher with the same parameters that isn't frozen."""
         other = ElasticLauncher()
-        other._become(self._params, frozen=False)
+        other._become(replace(self._params), frozen=False)
         return other
 
     def update_params(self, params: Mapping[str, Any] | None = None, /, **more: Any) -> ElasticLauncher:
@@ -181,6 +182,7 @@ class ElasticLauncher(Standing):
             raise ConfigError("this launcher has a launch going on, whose events are its own; clone() gives another")
         try:
             self.freeze()
+            check_call(entrypoint, args, kwargs)
             object.__setattr__(self, "_settled", self._settle())
             self._backend()
             if self._params.eager_mode:
@@ -207,7 +209,7 @@ class ElasticLauncher(Standing):
             total: of how many.
             save: saves a checkpoint. Called on every rank; it decides what each does.
         """
-        own = here(self, self._copy)
+        own = self._here()
         if iteration is not None:
             own.events.progress(iteration, total)
         return own.steps.between(save)
@@ -222,7 +224,7 @@ class ElasticLauncher(Standing):
     @property
     def events(self) -> Events:
         """What driver and ranks tell one another."""
-        return here(self, self._copy).events
+        return self._here().events
 
     @property
     def eager_mode(self) -> bool:
@@ -258,6 +260,9 @@ class ElasticLauncher(Standing):
                 " which nccl refuses; use 'gloo' or 'auto'"
             )
         return asked
+
+    def _here(self) -> Here:
+        return here(self, self._copy, launching=self._launching.locked())
 
     def _settle(self) -> NodeDevices:
         """What the devices come to: on the cluster, or in this process."""

@@ -14,7 +14,7 @@ from raylaunch.elastic.devices import parse_devices
 from raylaunch.errors import ConfigError
 from raylaunch.spec import BACKENDS, budget
 from raylaunch.torchrun import values
-from raylaunch.torchrun.rendezvous import check_backend, parse_conf
+from raylaunch.torchrun.rendezvous import check_backend, parse_conf, timeouts_of
 
 ON_INTERRUPT = ("stop", "save_then_stop")
 OMP = "OMP_NUM_THREADS"
@@ -65,6 +65,11 @@ class Params:
     eager_mode: bool = False
     run_options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Nobody else's mapping: who changes his, or that of a clone, changes nothing here."""
+        if self.run_options is None or isinstance(self.run_options, Mapping):
+            object.__setattr__(self, "run_options", dict(self.run_options or {}))
+
     def check(self) -> None:
         """Refuse what can't work, as far as that needs no cluster. Raises `ConfigError`."""
         parse_devices(self.devices)
@@ -79,7 +84,7 @@ class Params:
         if not self.role or "\0" in self.role:
             raise ConfigError(f"role={self.role!r}: must be a name")
         check_backend(self.rdzv_backend)
-        parse_conf(self.rdzv_configs)
+        self.timeouts()
         for name in ("standalone", "eager_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -108,6 +113,10 @@ class Params:
     def streams(self, name: str) -> PerLocalRank:
         """`redirects` or `tee`, read. Raises `ConfigError`."""
         return values.streams(name, str(getattr(self, name)))
+
+    def timeouts(self) -> dict[str, float]:
+        """The timeouts that `rdzv_configs` names, in seconds. Raises `ConfigError`."""
+        return timeouts_of(parse_conf(self.rdzv_configs), "rdzv_configs ")
 
     def without_effect(self) -> list[str]:
         """What was given and is decided by others, a clause each."""
@@ -162,6 +171,6 @@ NAMES = tuple(one.name for one in fields(Params))
 
 def unknown_parameter(name: str) -> str:
     """What is said of a parameter that there isn't."""
-    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), NAMES, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(NAMES)}"
     return f"{name}: no such parameter; {hint}"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from raylaunch.context import get_context
 from raylaunch.coordinator.board import SAVED
 from raylaunch.elastic.events import Events
 from raylaunch.worker.board_copy import BoardCopy
@@ -119,7 +120,8 @@ class Steps:
         dist = sys.modules.get("torch.distributed")
         if not self._begun and dist is not None and dist.is_available() and dist.is_initialized():
             self._begun = True
-            if dist.get_world_size() > 1:
+            # Not torch's number: a rank's group may be there in eager mode, when no other rank comes here.
+            if get_context().world_size > 1:
                 self._group = dist.new_group(backend="gloo", timeout=dt.timedelta(seconds=AGREE_SECONDS))
         return self._group
 

@@ -32,9 +32,11 @@ class BoardCopy:
         return self._group
 
     def get(self, name: str, default: Any = None) -> Any:
-        """What stands there, as far as it is known here."""
-        with self._changed:
-            return self._board.get(name, default)
+        """What stands there, as far as it is known here.
+
+        Without the lock: in a forked process, a DataLoader's say, it may be held for ever by a thread that isn't there.
+        """
+        return self._board.get(name, default)
 
     def put(self, name: str, value: Any) -> None:
         """Write a value; whoever is linked hears of it before long."""

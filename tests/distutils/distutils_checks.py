@@ -146,6 +146,9 @@ def arrays_give_arrays_of_the_same_shape(me: Me) -> None:
         averaged = distutils.all_reduce(data, average=True)
         assert averaged.dtype.kind == "f", data
         assert np.array_equal(averaged, before), data
+    for data in (np.arange(3)[::-1], np.arange(3).astype(">i4"), np.asfortranarray([[1, 2], [3, 4]])):
+        assert np.array_equal(distutils.all_reduce(data), data * me.size), data
+        assert all(np.array_equal(one, data) for one in distutils.all_gather(data)), data
 
 
 def every_shape_is_summed(me: Me) -> None:

@@ -65,6 +65,10 @@ def test_a_mapping_and_any_object_are_read(config):
     assert read(config) == Config(submit=False, world_size=4, cpu=True, distributed_backend="gloo")
 
 
+def test_a_folder_may_be_a_path(tmp_path):
+    assert read({**FIELDS, "init_method": "file", "shared_file_dir": tmp_path}).shared_file_dir == tmp_path
+
+
 def test_the_others_have_defaults_and_none_stands_for_them():
     named = {"init_method": None, "shared_file_dir": None, "array_job_num": None, "timeout": None}
     assert read({**FIELDS, **named}) == read(FIELDS)

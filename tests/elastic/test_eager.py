@@ -11,7 +11,8 @@ import pytest
 
 import raylaunch
 from raylaunch import ConfigError, ElasticLauncher, get_context, get_current_launcher
-from raylaunch.elastic import split_batch
+from raylaunch.elastic import Events, split_batch
+from raylaunch.worker.board_copy import BoardCopy
 
 
 def what_it_sees(launcher, *, number):
@@ -119,6 +120,43 @@ def test_events_work_between_the_threads_of_the_process():
     assert launcher(trains) == [False]
     assert saved == paused_at
     assert not events.stop_all_tasks.is_set()
+
+
+def test_an_event_is_read_whatever_other_threads_are_at():
+    # A forked process, as a DataLoader's worker, may find the lock taken by a thread that it hasn't.
+    copy, inside, over = BoardCopy(), threading.Event(), threading.Event()
+    events = Events(copy)
+    events.pause.set()
+
+    def looks() -> bool:
+        inside.set()
+        return over.wait(5)
+
+    thread = threading.Thread(target=copy.wait, args=(looks, 0.0))
+    thread.start()
+    assert inside.wait(5)
+    assert events.pause.is_set()
+    assert thread.is_alive()
+    over.set()
+    thread.join()
+
+
+def test_what_cannot_be_called_so_is_refused_as_on_a_cluster():
+    async def coroutine():
+        return 1
+
+    launcher = ElasticLauncher("cpu", eager_mode=True)
+    with pytest.raises(ConfigError, match="is a coroutine function"):
+        launcher(coroutine)
+    with pytest.raises(ConfigError, match="don't fit"):
+        launcher(lambda x: x)
+
+
+@pytest.mark.parametrize("progress", [("3", 4), (3, "4"), (0.5, None)])
+def test_progress_is_counted_in_whole_numbers(progress):
+    launcher = ElasticLauncher("cpu", eager_mode=True)
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        launcher(lambda: launcher.between_steps(*progress))
 
 
 def test_ray_is_not_imported():

@@ -55,6 +55,15 @@ def test_a_clone_can_be_changed_and_leaves_the_original_as_it_is():
     assert clone.events is not frozen.events
 
 
+def test_nobody_elses_mapping_changes_a_launcher():
+    given = {"spares": 0}
+    launcher = ElasticLauncher("cpu", run_options=given).freeze()
+    given["spares"] = 1
+    launcher.clone().run_options["spares"] = 2
+    assert launcher.run_options == {"spares": 0}
+    assert ElasticLauncher("cpu", run_options=given).update_params(run_options=None).freeze().run_options == {}
+
+
 def test_what_there_is_not_is_refused_with_the_nearest_name():
     launcher = ElasticLauncher("cpu")
     with pytest.raises(AttributeError, match="device: no such parameter; did you mean 'devices'"):
@@ -62,6 +71,8 @@ def test_what_there_is_not_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="nnode: no such parameter; did you mean 'nnodes'"):
         launcher.update_params(max_restarts=9, nnode=1)
     assert launcher.max_restarts == 0  # none of them was set
+    with pytest.raises(ConfigError, match="1: no such parameter"):
+        launcher.update_params({1: 2})
     with pytest.raises(AttributeError, match="ElasticLauncher has no attribute 'world'"):
         _ = launcher.world
 
@@ -92,6 +103,9 @@ def test_what_there_is_not_is_refused_with_the_nearest_name():
         ({"on_interrupt": "ask"}, "on_interrupt='ask': must be one of 'stop', 'save_then_stop'"),
         ({"eager_mode": 1}, "eager_mode=1: must be True or False"),
         ({"run_options": {"spare": 0}}, "run_options['spare']: no such option; did you mean 'spares'?"),
+        ({"run_options": 5}, "run_options=5: must map arguments of raylaunch.run to values"),
+        ({"rdzv_configs": "timeout=soon"}, "rdzv_configs timeout=soon: "),
+        ({"rdzv_configs": "join_timeout=-1"}, "rdzv_configs join_timeout=-1: must be non-negative"),
         ({"role": ""}, "role='': must be a name"),
     ],
 )
@@ -145,10 +159,10 @@ def test_what_a_run_is_made_of():
     setup = setup_of(params)
     assert setup.env == {"OMP_NUM_THREADS": "3", "A": "1"}
     assert setup.preload[0] == "json"
-    with pytest.raises(ConfigError, match="`devices` says how much of a GPU"):
-        spec_of(
-            dataclasses.replace(params, run_options={"resources_per_worker": {"GPU": 1}}), NodeDevices("cpu", 1), "gloo"
-        )
+    for resources, words in (({"GPU": 1}, "`devices` says how much of a GPU"), (5, "must map names of resources")):
+        given = dataclasses.replace(params, run_options={"resources_per_worker": resources})
+        with pytest.raises(ConfigError, match=words):
+            spec_of(given, NodeDevices("cpu", 1), "gloo")
 
 
 def test_every_option_of_a_run_is_a_parameter_or_can_be_given_by_name():

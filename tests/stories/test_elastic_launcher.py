@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,44 @@ def stops_in_rank_1(launcher):
     value = launcher.rank
     set_trace(rank=1)
     return value
+
+
+def launches_from_rank_0(launcher):
+    """In rank 0 another launch, which its own driver stops, and an eager one; neither is the rank's."""
+    if launcher.rank:
+        return None
+    inner = ElasticLauncher("cpu", run_options=QUICK)
+
+    def steps_until_told(inner):
+        steps = 0
+        while inner.between_steps(steps):
+            steps += 1
+            time.sleep(0.01)
+        return inner.rank, inner.world_size, steps > 0
+
+    def stop_when_it_steps():
+        while not (inner._launching.locked() and inner.events.iteration > 3):
+            time.sleep(0.01)
+        inner.events.stop_all_tasks.set()
+
+    threading.Thread(target=stop_when_it_steps, daemon=True).start()
+    values = inner(steps_until_told, inner)
+    alone = ElasticLauncher("cpu", eager_mode=True)
+    eager = alone(lambda: [alone.between_steps(step) for step in range(3)])
+    outer = raylaunch.get_current_launcher() is launcher and not launcher.events.stop_all_tasks.is_set()
+    return values, eager, outer
+
+
+@pytest.mark.slow
+def test_a_rank_can_launch_by_itself_and_its_own_launch_hears_nothing_of_it(one_node, tmp_path):
+    launcher = ElasticLauncher("cpu:0-1", log_dir=str(tmp_path), run_options=QUICK)
+    assert launcher(launches_from_rank_0, launcher) == [([(0, 1, True)], [[True] * 3], True), None]
+
+
+@pytest.mark.slow
+def test_without_a_launcher_of_its_own_a_run_of_several_refuses_to_stop_in_a_debugger(one_node, tmp_path):
+    with pytest.raises(ConfigError, match="ranks wait for one another in the launch of an ElasticLauncher"):
+        raylaunch.run(lambda: set_trace(rank=1), num_workers=2, spares=0, max_restarts=0, log_dir=str(tmp_path))
 
 
 @pytest.mark.slow
