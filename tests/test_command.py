@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from raylaunch.cluster.console import Console
-from raylaunch.command import Command, Entry, Logs, Streams
+from raylaunch.command import Logs, Streams
 from raylaunch.coordinator.commands import Assignment
 
 NONE, OUT, ERR, BOTH = Streams.NONE, Streams.OUT, Streams.ERR, Streams.BOTH
@@ -54,7 +54,7 @@ def assignment(rank, generation=1):
 
 
 def console_for(logs, folder):
-    return Console(Command(Entry.SCRIPT, "train.py", role="trainer"), logs, str(folder))
+    return Console("trainer", logs, str(folder))
 
 
 def test_lines_reach_the_drivers_own_streams_with_their_prefixes(tmp_path, capfdbinary):
