@@ -14,10 +14,14 @@ what happens inside a worker (torch), `journal` records, `errors` tells. Importi
 nor ray.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from raylaunch.api import Launcher, run
 from raylaunch.context import Context, get_context
 from raylaunch.coordinator.commands import Recovery
-from raylaunch.elastic import ElasticLauncher, get_current_launcher
 from raylaunch.errors import (
     ConfigError,
     Ending,
@@ -33,6 +37,10 @@ from raylaunch.errors import (
 from raylaunch.result import RunResult
 from raylaunch.spec import Timeouts
 from raylaunch.version import __version__
+
+if TYPE_CHECKING:
+    from raylaunch import elastic as elastic
+    from raylaunch.elastic import ElasticLauncher, get_current_launcher
 
 __all__ = [
     "ConfigError",
@@ -56,3 +64,11 @@ __all__ = [
     "get_current_launcher",
     "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """ElasticLauncher and what belongs to it are imported when they are used: that doubles the time of an import."""
+    if name in ("elastic", "ElasticLauncher", "get_current_launcher"):
+        module = importlib.import_module("raylaunch.elastic")
+        return module if name == "elastic" else getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

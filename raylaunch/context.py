@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -94,6 +93,8 @@ def _described_by(environ: Mapping[str, str]) -> Context:
 
 def ask_agent(directory: str, question: str, seconds: float | None) -> bool:
     """Ask the node's agent, which asks the coordinator. Whether it says yes, within this time (None: whenever)."""
+    import socket  # `import raylaunch` stays light
+
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
         folder = os.open(directory, os.O_PATH)

@@ -37,8 +37,11 @@ def test_exported_names_are_sorted_and_complete() -> None:
     """What raylaunch/__init__.py imports is what it exports."""
     assert list(raylaunch.__all__) == sorted(raylaunch.__all__)
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = {alias.name for node in froms if str(node.module).startswith("raylaunch.") for alias in node.names}
     assert set(raylaunch.__all__) == imported
+    with pytest.raises(AttributeError, match="no attribute 'Elastic'"):
+        raylaunch.Elastic  # noqa: B018
 
 
 def test_run_documents_every_argument() -> None:
