@@ -108,7 +108,6 @@ def start_eight(peer: Peer, number: int, folder: str) -> Iterator[Sample]:
         try:
             group = session.wait_for_group("the first all-reduce", EIGHT, START_SECONDS)
             yield Sample("eight", peer.name, number, max(note.at for note in group) - session.read("called"))
-            session.finish(END_SECONDS)
         except Failed as failed:
             yield Sample("eight", peer.name, number, None, str(failed))
 
