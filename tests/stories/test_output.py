@@ -19,6 +19,7 @@ def test_output_is_captured_below_python_and_rank_0s_is_on_the_console(one_node,
         print("python", rank)
         os.write(1, b"descriptor %d\n" % rank)
         os.system(f"echo shell {rank} 1>&2")
+        dist.barrier()  # a rank that leaves while another is still joining fails it
 
     run = start(train, num_workers=2, isolation=isolation)
     run.result()
