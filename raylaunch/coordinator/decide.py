@@ -89,6 +89,7 @@ def formed(c: Coordinator) -> None:
     else:
         c.tell(f"formed {size} (generation {c.generation})")
     c.enter(Phase.RUNNING)
+    endings.collect_returned(c)
 
 
 def running(c: Coordinator) -> None:

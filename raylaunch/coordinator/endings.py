@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raylaunch.coordinator import rendezvous, rootcause
-from raylaunch.coordinator.commands import CallRoll, Finish, Level, Outcome, Recovery
+from raylaunch.coordinator.commands import CallRoll, CollectResult, Finish, Level, Outcome, Recovery
 from raylaunch.coordinator.phase import Phase
 from raylaunch.coordinator.roster import MAX_FAILED_STARTS, MEMBER_STATES, Standing, Worker, WorkerState
 from raylaunch.errors import Ending, EndKind, Failure, signal_name
@@ -323,3 +323,11 @@ def _ranks_in(c: Coordinator, *states: WorkerState) -> tuple[int, ...]:
 
 def _fatal_sentence(ending: Ending) -> str:
     return "no restart can mend this" if ending.kind is EndKind.CANNOT_WORK else "no_retry names this exception"
+
+
+def collect_returned(c: Coordinator) -> None:
+    """Fetch the values of those that returned while the group was still forming."""
+    for number in c.members.values():
+        worker = c.roster.workers.get(number)
+        if worker is not None and worker.state is WorkerState.RETURNED:
+            c.command(CollectResult(worker.id, c.generation))

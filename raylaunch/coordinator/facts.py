@@ -152,7 +152,8 @@ def worker_returned(c: Coordinator, event: e.WorkerReturned) -> None:
     worker = _member(c, event.worker, event.generation, WorkerState.RUNNING)
     if worker is not None:
         c.roster.set_state(worker, WorkerState.RETURNED)
-        c.command(CollectResult(worker.id, c.generation))
+        if c.phase is not Phase.FORMING:  # a rank leaves its group when asked: those that still join it would fail
+            c.command(CollectResult(worker.id, c.generation))
 
 
 def result_collected(c: Coordinator, event: e.ResultCollected) -> None:
@@ -271,6 +272,8 @@ def stop_requested(c: Coordinator, event: e.StopRequested) -> None:
     c.verdict = event.reason
     if c.phase not in (Phase.FORMING, Phase.RUNNING):
         return endings.finish(c, Outcome.STOPPED, f"run {c.spec.run_id} was stopped: {event.reason}")
+    if c.phase is Phase.FORMING:
+        endings.collect_returned(c)
     c.enter(Phase.STOPPING)
     c.stop_until = c.now + c.spec.timeouts.stop
     running = tuple(w.id for w in endings.live_workers(c) if w.state is WorkerState.RUNNING)

@@ -45,6 +45,19 @@ def test_a_fixed_run_asks_forms_runs_and_collects_before_it_releases():
     assert story.new(c.ReleaseBundles) == [c.ReleaseBundles((1,))]
 
 
+def test_a_rank_that_returns_while_others_still_join_it_stays_in_the_group_until_they_have():
+    story = Story(2)
+    story.place(1, "a", "b")
+    story.start()
+    story.send(e.WorkerJoined, story.rank(0), 1)
+    story.mark()
+    story.send(e.WorkerReturned, story.rank(0), 1)
+    assert story.new(c.CollectResult) == []
+    story.send(e.WorkerJoined, story.rank(1), 1)
+    assert story.phase is Phase.RUNNING
+    assert story.new(c.CollectResult) == [c.CollectResult(story.rank(0), 1)]
+
+
 def test_every_rank_is_told_the_endpoint_of_rank_0_in_one_message():
     story = Story(3).run("a", "b", "b")
     assert len(story.all(c.Promote)) == 3
